@@ -1,0 +1,135 @@
+"""The four panels of a head's page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dash_mantine_components as dmc
+from dash import dcc, html
+from dash.development.base_component import Component
+
+from headscope.app import theme
+from headscope.app.components import block_map, token_series, token_strip
+from headscope.app.components.head_facts import head_metrics, head_roles
+from headscope.app.components.head_state import HeadState
+from headscope.app.components.panel import control, panel, tag
+from headscope.app.components.token_facts import token_facts
+from headscope.app.figures import empty
+from headscope.app.runs import Run
+
+Place = list[int]
+"""[layer, head]."""
+NO_MAPS = "This run was made without maps: profile again with maps=True."
+
+
+def draw_map(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> tuple[dict[str, Any], list[Component]]:
+    """The map's figure and its badge; a run without maps says so."""
+    if run.maps is None:
+        return empty(NO_MAPS, theme.layout(scheme, meta={})), []
+    view = block_map.map_view(run, place[0], place[1], state.plane, state.hide_sink, state.window)
+    figure = block_map.map_figure(run, view, state.plane, state.scale, scheme, state.token)
+    words = block_map.badge(view, state.plane, len(run.levels), state.hide_sink)
+    return figure, [tag(word, className="tag-strong" if index == 0 else "") for index, word in enumerate(words)]
+
+
+def draw_strip(run: Run, place: Place, colour: str, page: int) -> tuple[dict[str, Any], Component]:
+    """The strip's data and its legend."""
+    data = token_strip.strip_data(run, place[0], place[1], colour, page)
+    return data, token_strip.strip_legend(data, colour)
+
+
+def map_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
+    """The map with its controls and its badge."""
+    figure, words = draw_map(run, place, state, scheme)
+    controls = html.Div(
+        [
+            control("Cell shows", _segments("plane", state.plane, {"mass": "mass", "max": "max"})),
+            control("Scale", _segments("map-scale", state.scale, {"log": "log", "linear": "linear"})),
+            dmc.Switch(id="hide-sink", checked=state.hide_sink, label="Hide first keys", size="xs"),
+        ],
+        className="toolbar toolbar-tight",
+    )
+    config = theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-map")
+    graph = dcc.Graph(id="map", figure=figure, config=config, className="graph map-graph", style={"height": 560}, clear_on_unhover=True)
+    return panel(
+        "Attention map",
+        controls,
+        html.Div(words, id="map-badge", className="tags map-badge"),
+        html.Div([graph, dcc.Tooltip(id="map-tip", className="map-tip", direction="bottom")], className="map-frame"),
+        html.P("Mass is shown per query, so a full row adds up to 1. Drag to zoom, double-click to see all.", className="hint"),
+        className="area-map",
+    )
+
+
+def facts_panel(run: Run, place: Place) -> Component:
+    """Roles with reasons, metrics with ranks."""
+    layer, head = place
+    row = run.table[(run.table["layer"] == layer) & (run.table["head"] == head)].iloc[0]
+    return panel(
+        "Roles",
+        head_roles(run, layer, head),
+        html.H2("Metrics", className="second"),
+        html.Div(head_metrics(run, layer, head), className="metrics-scroll"),
+        html.P([html.Code(str(row["module"])), f" · KV head {int(row['kv_head'])}"], className="hint"),
+        className="area-facts",
+    )
+
+
+def series_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
+    """The plots along the text."""
+    figure = token_series.series_figure(run, place[0], place[1], state.series, scheme, state.token)
+    select = dmc.MultiSelect(
+        id="series",
+        value=state.series,
+        data=[{"value": name, "label": token_series.label(name)} for name in token_series.available(run)],
+        size="xs",
+        searchable=True,
+        hidePickedOptions=True,
+        comboboxProps={"shadow": "md"},
+        className="series-select",
+        **{"aria-label": "Statistics to plot"},
+    )
+    return panel(
+        "Along the text",
+        select,
+        dcc.Graph(
+            id="lines", figure=figure, config=theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-text"), className="graph clickable"
+        ),
+        className="area-series",
+    )
+
+
+def text_panel(run: Run, place: Place, state: HeadState) -> Component:
+    """The text, shaded, and the chosen token."""
+    data, legend = draw_strip(run, place, state.colour, state.page)
+    select = dmc.Select(
+        id="colour",
+        value=state.colour,
+        data=[{"value": name, "label": token_series.label(name)} for name in token_series.available(run)],
+        size="xs",
+        allowDeselect=False,
+        w=190,
+        **{"aria-label": "Colour the text by"},
+    )
+    pages = dmc.Pagination(
+        id="strip-page", total=data["pages"], value=state.page + 1, size="xs", display="none" if data["pages"] == 1 else "block"
+    )
+    return panel(
+        "Text",
+        html.Div(legend, id="strip-legend"),
+        html.Div(
+            [
+                html.Div(id="strip", className="strip", tabIndex=0, lang=""),
+                html.Div(token_facts(run, place[0], place[1], state.token), id="token-facts", className="token-side"),
+            ],
+            className="strip-frame",
+        ),
+        dcc.Store(id="strip-data", data=data),
+        pages,
+        aside=control("Colour by", select),
+        className="area-text",
+    )
+
+
+def _segments(name: str, value: str, options: dict[str, str]) -> Component:
+    return dmc.SegmentedControl(id=name, value=value, data=[{"value": key, "label": text} for key, text in options.items()], size="xs")

@@ -1,0 +1,79 @@
+"""The table of heads: every metric, sortable and filterable; a click opens the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dash_ag_grid as dag
+import numpy as np
+from dash.development.base_component import Component
+
+from headscope.app.metrics import describe
+from headscope.app.runs import Run
+
+_THEME = (
+    "themeQuartz.withParams({backgroundColor: 'var(--hs-panel)', foregroundColor: 'var(--hs-text)',"
+    " headerBackgroundColor: 'var(--hs-panel)',"
+    " headerTextColor: 'var(--hs-muted)', borderColor: 'var(--hs-line)', accentColor: 'var(--hs-accent)', rowHoverColor: 'var(--hs-hover)',"
+    " oddRowBackgroundColor: 'var(--hs-panel)', chromeBackgroundColor: 'var(--hs-panel)', inputBackgroundColor: 'var(--hs-panel)',"
+    " fontFamily: 'inherit', fontSize: 12.5, wrapperBorder: false, wrapperBorderRadius: 0, spacing: 6})"
+)
+MAX_VALUES = 120_000  # numbers in one table, so that its rows stay well under 2 MB
+
+
+def table_metrics(run: Run, first: str) -> list[str]:
+    """The metrics that the table shows: all of them, the chosen one first; for very large models as many as fit."""
+    ordered = [first, *(name for name in run.metrics if name != first)]
+    return ordered[: max(MAX_VALUES // max(len(run.table), 1), 1)]
+
+
+def table_rows(run: Run, metrics: list[str]) -> list[dict[str, Any]]:
+    """One row per head: layer, head, kv_head, roles as text, and the metrics in five significant digits."""
+    columns = {name: run.table[name].to_numpy(dtype=np.float64) for name in metrics}
+    rows = []
+    for index, (layer, head, kv_head) in enumerate(zip(run.table["layer"], run.table["head"], run.table["kv_head"], strict=True)):
+        row: dict[str, Any] = {"layer": int(layer), "head": int(head), "kv_head": int(kv_head)}
+        row["roles"] = ", ".join(role.replace("_", " ") for role in run.reasons[int(layer), int(head)])
+        for name, values in columns.items():
+            value = float(values[index])
+            row[name] = float(f"{value:.5g}") if np.isfinite(value) else None
+        rows.append(row)
+    return rows
+
+
+def table_columns(run: Run, metrics: list[str]) -> list[dict[str, Any]]:
+    """Column definitions: the head's place is pinned, the first metric sorts."""
+    place = [
+        {"field": field, "headerName": label, "pinned": "left", "width": 78, "filter": "agNumberColumnFilter", "type": "numericColumn"}
+        for field, label in (("layer", "Layer"), ("head", "Head"), ("kv_head", "KV"))
+    ]
+    roles = {"field": "roles", "headerName": "Roles", "width": 200, "filter": "agTextColumnFilter", "tooltipField": "roles"}
+    numbers = []
+    for position, name in enumerate(metrics):
+        metric = describe(run.card, name)
+        column: dict[str, Any] = {
+            "field": name,
+            "headerName": metric.label,
+            "headerTooltip": metric.meaning or metric.label,
+            "filter": "agNumberColumnFilter",
+            "type": "numericColumn",
+            "width": 138,
+            "valueFormatter": {"function": "params.value == null ? '' : d3.format('.4~g')(params.value)"},
+        }
+        if position == 0:
+            column |= {"sort": "desc", "cellClass": "ag-right-aligned-cell cell-chosen"}
+        numbers.append(column)
+    return [*place, roles, *numbers]
+
+
+def head_table(height: int = 380) -> Component:
+    """The empty table, id `table`; rows come after the first paint."""
+    return dag.AgGrid(
+        id="table",
+        rowData=[],
+        columnDefs=[],
+        defaultColDef={"sortable": True, "resizable": True, "floatingFilter": True, "suppressHeaderMenuButton": True},
+        dashGridOptions={"theme": {"function": _THEME}, "rowHeight": 32, "headerHeight": 36, "tooltipShowDelay": 300, "animateRows": False},
+        style={"height": height, "width": "100%"},
+        className="ag-headscope",
+    )

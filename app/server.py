@@ -1,0 +1,44 @@
+"""serve: the dashboard behind a threaded production server, on this machine unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+
+from headscope.errors import UnavailableError, refusal
+
+THREADS = 8
+
+
+def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8050, *, token: str | None = None, open_browser: bool = False) -> None:
+    """Serves the dashboard on a run or a directory of runs until interrupted.
+
+    `port` 0 takes a free one. A `host` that other machines can reach needs a `token` (or HEADSCOPE_TOKEN); visitors open the printed
+    address once. Raises RunError when `path` is not there, UnavailableError when the host or the port cannot be used.
+    """
+    from waitress import create_server
+
+    from headscope.app.factory import create_app
+    from headscope.app.security import check_host, is_loopback
+
+    token = token or os.environ.get("HEADSCOPE_TOKEN") or None
+    check_host(host, token)
+    app = create_app(path, token=token)
+    try:
+        server = create_server(app.server, host=host, port=port, threads=THREADS, ident="headscope")
+    except OSError as error:
+        raise refusal(UnavailableError, f"{host}:{port}", str(error), "choose another port with --port, 0 for a free one") from error
+    shown = "127.0.0.1" if is_loopback(host) else host
+    address = f"http://{shown}:{server.effective_port}/" + (f"?token={token}" if token else "")
+    print(f"headscope dashboard: {address}  (Ctrl+C stops it)", file=sys.stderr, flush=True)
+    if open_browser:
+        threading.Timer(0.5, webbrowser.open, [address]).start()
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.close()

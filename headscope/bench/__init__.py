@@ -1,0 +1,1 @@
+"""Benchmarks: every figure a ratio against a peer that ran in the same minutes on the same machine."""

@@ -1,0 +1,97 @@
+"""The self-check of a capture: our reading of a call must reproduce the output that the host's function really returned.
+
+A mask in a new format, a keyword argument that a new model adds, a window applied inside a kernel: each would make statistics that look
+right and are wrong. So on the first call of every module, and again whenever the kind of call changes (prefill to decode, another mask),
+a few query rows are computed from q, k, v and the facts, exactly, and compared with the host's output. It costs a few rows, not a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headscope.errors import CaptureError, refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headscope.call import AttentionCall
+
+ROWS = 8
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest error of a row's output, relative to the row's length (Euclidean). The reading errors looked for are of order 1."""
+
+
+def signature(call: AttentionCall) -> tuple[object, ...]:
+    """Calls of equal signature are read by the same rules, so one of them is enough to check."""
+    mask = call.mask
+    return (
+        call.module,
+        call.kernel,
+        call.q.shape[2] > 1,
+        call.query_offset > 0,
+        call.key_offset > 0,
+        mask.causal,
+        mask.window,
+        *(tensor is not None for tensor in (mask.key_valid, mask.query_valid, mask.query_segments, mask.allowed, mask.bias)),
+    )
+
+
+def as_heads(output: Tensor, call: AttentionCall) -> Tensor:
+    """The host's output as [B, Nq, Hq, Dv], however the host shaped it."""
+    batch, heads, rows, _ = call.q.shape
+    return output.reshape(batch, rows, heads, -1)
+
+
+def check_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) -> None:
+    """Compare a few rows of the host's output [B, Nq, Hq, Dv] with ours. Raises CaptureError when they differ."""
+    from headscope.kernels import attention_rows
+
+    rows = _chosen_rows(call)
+    ours = attention_rows(call, rows).transpose(1, 2).double()  # [B, R, Hq, Dv]
+    theirs = as_heads(output, call)[:, rows].to(ours.device).double()
+    counted = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
+    if call.mask.query_valid is not None:
+        counted &= call.mask.query_valid[:, rows].to(ours.device)
+    counted &= ~ours.isnan().any(-1).any(-1)  # rows that see no key have no output to agree on
+    if not bool(counted.any()):
+        return
+    length = theirs.norm(dim=-1)
+    error = (ours - theirs).norm(dim=-1) / (length + 0.05 * length.mean() + 1e-30)
+    worst = torch.where(counted[..., None], error, error.new_zeros(())).nan_to_num(nan=float("inf")).max()
+    limit = TOLERANCE.get(call.q.dtype, 6e-2)
+    if float(worst) <= limit:
+        return
+    named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "none"
+    raise refusal(
+        CaptureError,
+        f"{call.module} (layer {call.layer}) under attention {call.kernel!r}",
+        f"recomputing its output from our reading of the call gives a relative error of {float(worst):.2g} (limit {limit:g}): something in "
+        f"the call is not understood. It came with {_facts(call)}; keyword arguments: {named}",
+        "the statistics would be wrong, so none are given; try model.set_attn_implementation('eager' or 'sdpa')",
+    )
+
+
+def _chosen_rows(call: AttentionCall) -> Tensor:
+    """Up to ROWS row numbers: the first and last, evenly between, and, where there is padding, from the real tokens of each sequence."""
+    count = call.q.shape[2]
+    rows = set(torch.linspace(0, count - 1, min(ROWS, count)).long().tolist())
+    valid = call.mask.query_valid
+    if valid is not None:
+        for one in valid[: ROWS // 2].cpu():
+            real = one.nonzero().flatten()
+            if real.numel():
+                rows |= {int(real[0]), int(real[real.numel() // 2]), int(real[-1])}
+    return torch.tensor(sorted(rows), device=call.q.device)
+
+
+def _facts(call: AttentionCall) -> str:
+    mask = call.mask
+    parts = [f"q {list(call.q.shape)} at {call.query_offset}", f"k {list(call.k.shape)} at {call.key_offset}", f"scale {call.scale:.4g}"]
+    parts += ["causal" if mask.causal else "bidirectional"]
+    parts += [f"window {mask.window}"] if mask.window is not None else []
+    parts += [f"softcap {call.softcap:g}"] if call.softcap is not None else []
+    parts += ["sink logits"] if call.sink_logits is not None else []
+    named = (("padding", mask.key_valid), ("packed sequences", mask.query_segments), ("a mask matrix", mask.allowed), ("a bias", mask.bias))
+    return ", ".join([*parts, *(name for name, value in named if value is not None)])

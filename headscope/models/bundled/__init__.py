@@ -1,0 +1,68 @@
+"""Models that come with headscope itself: `bundled:NAME`. A row names a directory of a plain checkpoint inside the package.
+
+Each was trained by the script beside it, in minutes, on data that the script generates, so its answers and the heads that give them are
+known. The card in each directory has the numbers, `truth.json` the heads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headscope.errors import ModelError, refusal, unknown_name
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class BundledModel:
+    """One row: a checkpoint directory that ships in the wheel. `bytes` is its size on disk, `library` what reads it."""
+
+    name: str
+    title: str
+    path: Path
+    bytes: int
+    licence: str
+    description: str
+    library: Literal["transformers", "diffusers"] = "transformers"
+
+    @property
+    def spec(self) -> str:
+        """What `hs.load` takes."""
+        return f"bundled:{self.name}"
+
+    @property
+    def card(self) -> str:
+        """The model card: data, numbers, known heads, how it was trained."""
+        return (self.path / "CARD.md").read_text(encoding="utf-8")
+
+    @property
+    def truth(self) -> dict[str, Any]:
+        """The known heads, from truth.json; ModelError for a model that has none (the diffusion models)."""
+        path = self.path / "truth.json"
+        if not path.is_file():
+            raise refusal(ModelError, self.spec, "no known heads are recorded for it", "use needle, induction or vlm")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+
+def _row(name: str, title: str, description: str, library: Literal["transformers", "diffusers"] = "transformers") -> BundledModel:
+    path = WEIGHTS / name
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return BundledModel(name, title, path, size, "Apache-2.0", description, library)
+
+
+ROWS = (
+    _row("induction", "Induction", "two layers without MLPs that continue repeated words: previous-token heads, then induction heads"),
+)
+BUNDLED: dict[str, BundledModel] = {row.name: row for row in ROWS}
+
+
+def row_of(name: str) -> BundledModel:
+    """The row of a name; ModelError lists the known ones otherwise."""
+    found = BUNDLED.get(name.strip().lower())
+    if found is None:
+        raise unknown_name(ModelError, "bundled model", f"bundled:{name}", (row.spec for row in BUNDLED.values()))
+    return found

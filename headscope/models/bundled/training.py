@@ -1,0 +1,115 @@
+"""What the training scripts share: seeds, the step of an optimiser, progress, and how a checkpoint is written.
+
+Weights are kept in bfloat16, which halves the wheel; every number in a card is measured after that rounding, on what is shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def arguments(description: str, *, steps: int, seed: int = 0) -> argparse.ArgumentParser:
+    """The options that every training script takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint; made if it is not there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
+    parser.add_argument("--seed", type=int, default=seed)
+    return parser
+
+
+def generator(seed: int, device: str | torch.device) -> torch.Generator:
+    """A generator of its own: data never depend on what else drew random numbers."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def say(text: str) -> None:
+    """One line of progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def autocast(device: str | torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 products on CUDA, plain float32 elsewhere."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
+
+
+class Trainer:
+    """AdamW with a warm-up, a constant rate, and a cosine to zero over the last part of `steps`.
+
+    Matrices decay, vectors (norms, biases) do not; gradients are clipped to norm 1. `device` decides about autocast.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, steps: int, rate: float, *, warm: int = 100, cool: float = 0.5, decay: float = 0.05, ema: float = 0.0
+    ) -> None:
+        self.model, self.steps, self.warm, self.cool, self.skipped = model, steps, warm, cool, 0
+        weights = [item for item in model.parameters() if item.requires_grad]
+        groups = [
+            {"params": [item for item in weights if item.ndim > 1], "weight_decay": decay},
+            {"params": [item for item in weights if item.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=weights[0].is_cuda)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        self.ema = ema
+        self.average = [item.detach().clone() for item in weights] if ema else []
+        self.weights, self.done, self.start = weights, 0, time.perf_counter()
+
+    def _factor(self, step: int) -> float:
+        step += self.skipped
+        if step < self.warm:
+            return (step + 1) / self.warm
+        begin = self.steps * (1 - self.cool)
+        if step <= begin:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - begin) / max(1.0, self.steps - begin))))
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Back-propagates a scalar loss and moves the weights."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.done += 1
+        if self.ema:
+            keep = min(self.ema, (1 + self.done) / (10 + self.done))
+            torch._foreach_lerp_(self.average, [item.detach() for item in self.weights], 1 - keep)
+
+    def jump(self, step: int) -> None:
+        """Goes on with the rate of a later step: what lies between is left out."""
+        self.skipped = step - self.done
+
+    def use_average(self) -> None:
+        """Puts the averaged weights into the model."""
+        with torch.no_grad():
+            for item, mean in zip(self.weights, self.average, strict=True):
+                item.copy_(mean)
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since the trainer was made."""
+        return time.perf_counter() - self.start
+
+
+def save(model: Any, out: Path, *, seconds: float, steps: int, seed: int, device: str, **more: Any) -> None:
+    """Writes config.json, model.safetensors in bfloat16, and training.json with how it came to be."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.to("cpu", torch.bfloat16).save_pretrained(out)
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
+    count = sum(item.numel() for item in model.parameters())
+    facts = {"seconds": round(seconds, 1), "steps": steps, "seed": seed, "device": name, "torch": torch.__version__, "parameters": count}
+    write_json(out / "training.json", facts | more)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with sorted keys and a final newline, so that two runs differ only where the numbers do."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

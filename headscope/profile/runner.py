@@ -1,0 +1,286 @@
+"""Making a profile: build the texts, run one pass per text, let every probe score it, average over texts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from headscope.errors import ModelError, ProbeError, refusal
+from headscope.probes import Needs, Probe, ProbeText, resolve
+from headscope.probes.text import REPEATS, TextKind
+from headscope.profile.card import RunCard, machine_facts, model_facts, now, version_facts
+from headscope.profile.passes import Pass, plan_passes
+from headscope.profile.profile import HeadProfile
+from headscope.profile.result import ProbeResult, head_table
+from headscope.profile.roles import assign_roles
+from headscope.profile.texts import build_texts, data_facts, given_texts
+from headscope.statistics import PASSIVE as STATISTICS
+from headscope.statistics import StatisticsRequest, definition
+from headscope.store.content import PLANES, MapInfo, RunContent, Tokens
+from headscope.store.files import canonical_heads
+from headscope.store.pyramid import build_pyramid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headscope.data.natural import TextData
+    from headscope.probes.registry import ProbeLike
+    from headscope.scope import Scope
+    from headscope.statistics import HeadStatistics
+
+MAP_CELLS = 128
+"""Cells a side of the finest block map, unless the text is shorter than that many blocks of 16."""
+
+KINDS: tuple[TextKind, ...] = ("natural", "repeated_random", "repeated_token")
+
+
+@dataclass(slots=True, eq=False)
+class Measured:
+    """What the passes of a profile gave, before it is put together."""
+
+    scores: dict[str, Tensor]
+    numbers: dict[str, float]
+    texts: dict[TextKind, list[ProbeText]]
+    kernels: set[str] = field(default_factory=set)
+    backend: str = ""
+    requests: dict[str, StatisticsRequest] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    shown: tuple[ProbeText, HeadStatistics] | None = None
+
+
+def profile(
+    scope: Scope,
+    probes: str | ProbeLike | Iterable[ProbeLike] = "passive",
+    *,
+    context: int | None = 2048,
+    data: TextData = None,
+    texts: int = 1,
+    seed: int = 0,
+    repeats: int = REPEATS,
+    maps: bool = True,
+    keep_statistics: bool = True,
+    block: int | None = None,
+    beyond_context: bool = False,
+    progress: bool | None = None,
+) -> HeadProfile:
+    """Profiles every head of the main stack.
+
+    - `probes`: "passive", "all", a name, or a list of names, classes and instances.
+    - `context`: tokens per natural text; None takes 2,048 or the model's length, whichever is less. Repeated random text has R blocks of
+      context / (R + 1) tokens.
+    - `data`: natural text to use in place of the bundled essays: a .txt or .jsonl path, text, a list of texts, or token ids.
+    - `texts`: how many texts of each kind to average over. `seed`: of the random tokens; text i is drawn with seed + i. `repeats`: R.
+    - `maps`, `keep_statistics`: keep the block maps and the per-token statistics of the first natural text. `block`: tokens a side of a
+      map's cell; None takes what gives 128 cells a side.
+    - `beyond_context`: allow a context longer than the model was made for.
+    - `progress`: a bar on stderr; None shows it on a terminal only.
+
+    Raises ProbeError, DataError or CaptureError when a probe, a text or the model cannot be used; nothing is measured halfway.
+    """
+    started = time.perf_counter()
+    chosen = resolve(probes)
+    if not scope.topology.main:
+        raise refusal(ModelError, f"{scope.topology.model_class}", "it has no attention layers in a main stack", "pass a transformer")
+    if context is None:
+        context = min(2048, scope.max_length or 2048)
+    kinds = [kind for kind in KINDS if any(probe.data == kind for probe in chosen)]
+    built = {
+        kind: build_texts(scope, kind, context=context, data=data, texts=texts, seed=seed, repeats=repeats, beyond_context=beyond_context)
+        for kind in kinds
+    }
+    shown = built[kinds[0]][0]
+    size = block or block_size(len(shown))
+    base = _shown_needs(maps, keep_statistics, size)
+    found = measure(
+        scope, chosen, built, shown=shown if base is not None else None, base=base, beyond_context=beyond_context, progress=progress
+    )
+
+    table = head_table(scope.topology, found.scores)
+    table["roles"], table["reasons"] = assign_roles(table)
+    content = _content(scope, found, maps, keep_statistics, size)
+    found.seconds["total"] = time.perf_counter() - started
+    return HeadProfile(canonical_heads(table), _card(scope, chosen, found, context, texts, seed, repeats, size), content)
+
+
+def run_probe(
+    probe: Probe,
+    scope: Scope,
+    data: Any = None,
+    *,
+    context: int | None = None,
+    texts: int = 1,
+    seed: int = 0,
+    repeats: int = REPEATS,
+    beyond_context: bool = False,
+    progress: bool | None = None,
+) -> ProbeResult:
+    """One probe alone, on its own kind of text or on given ProbeTexts. `context` defaults to 2,048 tokens or the model's length, whichever
+    is less.
+    """
+    ready = given_texts(data)
+    if ready is None:
+        if data is not None and probe.data != "natural":
+            raise refusal(
+                ProbeError,
+                f"data for probe {probe.name!r}",
+                f"it reads {probe.data} text, which is drawn and not given",
+                "pass ProbeTexts, or no data",
+            )
+        length = min(2048, scope.max_length or 2048) if context is None else context
+        ready = build_texts(
+            scope, probe.data, context=length, data=data, texts=texts, seed=seed, repeats=repeats, beyond_context=beyond_context
+        )
+    found = measure(scope, [probe], {probe.data: ready}, beyond_context=beyond_context, progress=progress)
+    return ProbeResult(probe, found.scores, scope.topology, tuple(ready), found.numbers)
+
+
+def measure(
+    scope: Scope,
+    probes: list[Probe],
+    texts: dict[TextKind, list[ProbeText]],
+    *,
+    shown: ProbeText | None = None,
+    base: Needs | None = None,
+    beyond_context: bool = False,
+    progress: bool | None = None,
+) -> Measured:
+    """Runs the passes and averages the scores over texts. Every probe's check comes before the first pass."""
+    topology = scope.topology
+    work: list[tuple[TextKind, list[Pass]]] = []
+    for kind, listed in texts.items():
+        readers = [probe for probe in probes if probe.data == kind]
+        for text in listed:
+            for probe in readers:
+                probe.check(text, topology)
+            work.append((kind, plan_passes(readers, text, topology, base if text is shown else None)))
+    found = Measured({}, {}, texts)
+    sums: dict[str, list[Tensor]] = {}
+    total = sum(len(one.text) for _, passes in work for one in passes)
+    hidden = not sys.stderr.isatty() if progress is None else not progress
+    with tqdm(total=total, unit="tok", disable=hidden, desc="profile", file=sys.stderr) as bar:
+        for kind, passes in work:
+            for one in passes:
+                bar.set_description(f"{kind.replace('_', ' ')} text")
+                began = time.perf_counter()
+                stats = scope.capture(one.text.ids, beyond_context=beyond_context, **one.request())
+                captured = time.perf_counter()
+                for name, values in one.scores(stats).items():
+                    sums.setdefault(name, []).append(values)
+                found.seconds[kind] = found.seconds.get(kind, 0.0) + captured - began
+                found.seconds["scores"] = found.seconds.get("scores", 0.0) + time.perf_counter() - captured
+                found.kernels |= set(stats.kernels)
+                found.backend = stats.backend
+                found.requests.setdefault(kind, stats.request)
+                if one.text is shown and found.shown is None:
+                    found.shown = (one.text, stats)
+                bar.update(len(one.text))
+    for probe in probes:
+        mine = {metric.name: torch.stack(sums[metric.name]).nanmean(dim=0) for metric in probe.metrics}
+        found.scores.update(mine)
+        found.numbers.update(probe.numbers(mine))
+    return found
+
+
+def block_size(tokens: int) -> int:
+    """Tokens a side of a cell, a power of two of 16 or more, so that a map has at most 128 cells a side."""
+    size = 16
+    while size * MAP_CELLS < tokens:
+        size *= 2
+    return size
+
+
+def _shown_needs(maps: bool, keep_statistics: bool, block: int) -> Needs | None:
+    names = [
+        name
+        for name in STATISTICS
+        if (definition(name).kind == "map" and maps) or (definition(name).kind in ("row", "column") and keep_statistics)
+    ]
+    return Needs(tuple(names), {"block": block} if maps else {}) if names else None
+
+
+def _content(scope: Scope, found: Measured, maps: bool, keep_statistics: bool, block: int) -> RunContent | None:
+    """The shown text with its statistics and maps as arrays."""
+    if found.shown is None:
+        return None
+    text, stats = found.shown
+    layers = scope.topology.layers
+    content = RunContent(layers, Tokens(text.text or "", tuple(text.ids.tolist()), text.strings or _pieces(scope, text)))
+    for name in STATISTICS:
+        kind = definition(name).kind
+        if keep_statistics and kind in ("row", "column"):
+            content.arrays[f"{kind}/{name}"] = _stacked(stats, name, layers)
+        elif maps and name in PLANES:
+            content.pyramids[name] = build_pyramid(_stacked(stats, name, layers), name)
+    if maps:
+        sizes = tuple(level.shape[-1] for level in content.pyramids[PLANES[0]])
+        causal = all(module.causal for module in scope.topology.main)
+        content.maps = MapInfo(block, len(text), causal, PLANES, sizes)
+    return content
+
+
+def _stacked(stats: HeadStatistics, name: str, layers: tuple[int, ...]) -> np.ndarray:
+    """[L, H, ...] of the first sequence, float32 (argmax int32); layers with fewer heads end in NaN (argmax -1)."""
+    listed = [stats[name][layer][0] for layer in layers]
+    heads = max(values.shape[0] for values in listed)
+    kind: Any = np.int32 if name == "argmax" else np.float32
+    out = np.full((len(listed), heads, *listed[0].shape[1:]), -1 if name == "argmax" else np.nan, dtype=kind)
+    for place, values in enumerate(listed):
+        out[place, : values.shape[0]] = values.numpy()
+    return out
+
+
+def _pieces(scope: Scope, text: ProbeText) -> tuple[str, ...]:
+    from headscope.probes.text import token_pieces
+
+    tokenizer = getattr(scope, "tokenizer", None)
+    ids = text.ids.tolist()
+    return tuple(str(number) for number in ids) if tokenizer is None else token_pieces(tokenizer, ids)
+
+
+def _card(scope: Scope, probes: list[Probe], found: Measured, context: int, texts: int, seed: int, repeats: int, block: int) -> RunCard:
+    from headscope import __version__
+
+    parameters: dict[str, Any] = {"context": context, "texts": texts, "repeats": repeats, "map_block": block}
+    random = found.texts.get("repeated_random")
+    if random:
+        parameters["random_block"] = random[0].block
+    for kind, request in found.requests.items():
+        for name in ("sink_tokens", "local_window", "waad_window", "fai_band"):
+            used = {"sink_tokens": "sink_mass", "local_window": "local_mass", "waad_window": "waad", "fai_band": "fai"}[name]
+            if used in request.names and kind == "natural":
+                value = getattr(request, name)
+                parameters[name] = list(value) if isinstance(value, tuple) else value
+    metrics = {
+        metric.name: {
+            "probe": probe.name,
+            "unit": metric.unit,
+            "higher_is": metric.higher_is,
+            "range": list(metric.range),
+            "data": probe.data,
+        }
+        for probe in probes
+        for metric in probe.metrics
+    }
+    return RunCard(
+        model=model_facts(scope),
+        data=[data_facts(kind, listed) for kind, listed in found.texts.items()],
+        probes=[{"name": probe.name, "parameters": probe.parameters(), "source": probe.source} for probe in probes],
+        metrics=metrics,
+        numbers=found.numbers,
+        attention_kernels=sorted(found.kernels),
+        statistics_kernel=found.backend,
+        parameters=parameters,
+        seeds={"texts": seed},
+        versions=version_facts(),
+        machine=machine_facts(str(scope.device)),
+        seconds={name: round(value, 3) for name, value in found.seconds.items()},
+        headscope_version=__version__,
+        created=now(),
+    )

@@ -1,0 +1,116 @@
+"""A directory that appears whole or not at all.
+
+Everything is written into a hidden sibling, flushed to the disk, and renamed into place at the end; a rename within one directory is
+atomic. A process that is killed leaves at most the hidden sibling, which no reader looks at and which the next writer to the same place
+clears away, once the process that owned it is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from headscope.errors import RunError, refusal
+
+PARTIAL = ".partial"
+_HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives an empty directory to write into, which becomes `target` when the block ends without an exception.
+
+    RunError when `target` exists and `overwrite` is false, when it exists and is no run directory (overwriting would destroy something
+    else), and when it cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    _refuse_existing(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_orphans(target)
+        partial = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
+        partial.mkdir()
+    except OSError as error:
+        raise refusal(RunError, str(target), f"its folder cannot be written ({error.strerror})", "choose another path") from error
+    try:
+        yield partial
+        _flush(partial)
+        _move_into_place(partial, target, overwrite)
+    except OSError as error:
+        raise refusal(
+            RunError,
+            str(target),
+            f"it could not be written ({error.strerror or error})",
+            "nothing was kept; free space or choose another path",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise refusal(RunError, str(target), "it exists already", "choose another path, or pass overwrite=True")
+    if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not (target / "card.json").is_file()):
+        raise refusal(RunError, str(target), "it is not a run directory and will not be replaced", "choose another path")
+
+
+def _move_into_place(partial: Path, target: Path, overwrite: bool) -> None:
+    _refuse_existing(target, overwrite)
+    if not target.exists():
+        os.rename(partial, target)
+    else:
+        aside = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
+        os.rename(target, aside)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    _flush_folder(target.parent)
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in [folder, *(entry for entry in folder.rglob("*") if entry.is_dir())]:
+        _flush_folder(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Not every file system can flush a directory; the rename is atomic all the same."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _clear_orphans(target: Path) -> None:
+    """Removes what killed writers of this target left on this host."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_HOST}\.(\d+)\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+    for entry in target.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and not _alive(int(match[1])):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,138 @@
+"""Distance statistics of the blocked kernel: distance, distance_sq, waad and local_mass, without a subtraction of large numbers.
+
+A mean distance taken as t - sum A s loses its digits for a head that looks one token back at position 100,000. Here every row is split
+into a band of its nearest keys and the rest:
+
+- the band, a diagonal view of the tile, is copied out as a small matrix whose column j is always the same distance, so all four
+  statistics are one product with fixed weights (|d|, d^2, min(|d|, W), |d| < w);
+- then it is set to zero, and what is left lies at least as far away as a sub-block of keys is long. Its moments come from one product per
+  sub-block with (1, o, o^2), o the distance to the sub-block's end, joined in float64 by position relative to the tile.
+
+Every term is positive, and none is much larger than what it adds up to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from headscope.call import AttentionCall
+    from headscope.kernels.blocked_rows import RowSums
+    from headscope.kernels.geometry import Geometry
+    from headscope.kernels.tile import Tile
+    from headscope.statistics.partial import PartialStatistics
+    from headscope.statistics.request import StatisticsRequest
+
+NAMES = ("distance", "distance_sq", "waad", "local_mass")
+LONG_BAND = 256
+"""Band length from which its product is taken in float64."""
+
+
+class Distances:
+    """The four statistics that depend on |t - s|. Must be the last to see a tile: it overwrites the band."""
+
+    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
+        g = self.geometry = geometry
+        self.request = request
+        self.names = [name for name in NAMES if request.needs(name)]
+        self.moments = request.needs("distance", "distance_sq")
+        self.far_mass = request.needs("waad") and not self.moments
+        self.far_sides = request.needs("distance") and not g.causal
+        last, end = g.q0 + g.rows - 1, g.k0 + g.keys - 1
+        longest = max(last - g.k0, end - g.q0, 0) + 1
+        near = max(
+            g.far_block if self.moments else 1,
+            request.local_window if request.needs("local_mass") else 1,
+            request.waad_window if request.needs("waad") else 1,
+        )
+        self.near = min(near, longest)
+        self.first = -(self.near - 1)  # position of the band's first key, relative to the row's
+        self.width = self.near if g.causal else 2 * self.near - 1
+        d = torch.arange(self.width, device=g.device).add_(self.first).abs_()
+        columns = {
+            "distance": d,
+            "distance_sq": d * d,
+            "waad": d.clamp(max=request.waad_window),
+            "local_mass": d < request.local_window,
+        }
+        self.band_dtype = torch.float64 if self.width > LONG_BAND else g.dtype
+        self.band_weights = torch.stack([columns[name].to(self.band_dtype) for name in self.names], -1)
+        shape = (g.streams, g.group, g.padded_rows)
+        self.band_sums = torch.zeros(*shape, len(self.names), dtype=self.band_dtype, device=g.device)
+        self.far = torch.zeros(*shape, 3 if self.moments else 1, dtype=torch.float64, device=g.device)
+        self.sides = torch.zeros(shape, dtype=torch.float64, device=g.device) if self.far_sides else None
+        if self.moments:
+            self._make_tables()
+
+    def _make_tables(self) -> None:
+        """(1, o, o^2) of a sub-block, and the rows that turn its sums into sums of 1, s, s^2 for every sub-block relative to a tile."""
+        g = self.geometry
+        o = torch.arange(g.far_block - 1, -1, -1, device=g.device, dtype=g.dtype)
+        self.powers = torch.stack([torch.ones_like(o), o, o * o], -1)
+        margin = self.near + self.width + g.tile_rows + 2 * g.unit
+        self.lowest = (g.first_key - margin) // g.far_block - g.tile_start(g.tiles - 1) // g.far_block
+        highest = (g.end_key + margin) // g.far_block - g.first_row // g.far_block
+        end = (torch.arange(self.lowest, highest + 1, device=g.device, dtype=torch.float64) + 1) * g.far_block - 1
+        zero, one = torch.zeros_like(end), torch.ones_like(end)
+        # columns: sum e, sum e s, sum e s^2 with s = end - o
+        self.table = torch.stack([one, end, end * end, zero, -one, -2 * end, zero, zero, one], -1).view(-1, 3)
+        self.ends = end
+
+    def margins(self, start: int, first_key: int, n: int) -> tuple[int, int]:
+        """Room for the band of the tile's first and last row."""
+        last = start + self.geometry.tile_rows - 1 + self.first + self.width
+        if last <= first_key or start + self.first >= first_key + n:
+            return 0, 0
+        return max(first_key - start - self.first, 0), max(last - first_key - n, 0)
+
+    def add(self, tile: Tile) -> None:
+        """Band first, then the rest."""
+        streams, group, size = tile.shape
+        at = (slice(tile.s0, tile.s1), slice(None), tile.rows)
+        last = tile.start + size - 1 + self.first + self.width
+        if last > tile.first_key and tile.start + self.first < tile.first_key + tile.n:
+            band = tile.diagonal(self.first, self.width)
+            near = band.to(self.band_dtype, copy=True, memory_format=torch.contiguous_format)
+            self.band_sums[at] = torch.mm(near.view(-1, self.width), self.band_weights).view(streams, group, size, -1)
+            if self.moments or self.far_mass:
+                band.zero_()
+        if self.moments:
+            self._add_moments(tile)
+        elif self.far_mass:
+            torch.sum(tile.e, -1, dtype=torch.float64, out=self.far[at][..., 0])
+
+    def _add_moments(self, tile: Tile) -> None:
+        g = self.geometry
+        at = (slice(tile.s0, tile.s1), slice(None), tile.rows)
+        blocks = tile.stride // g.far_block
+        sums = torch.mm(tile.e_store.view(-1, g.far_block), self.powers).double()
+        base = tile.start // g.far_block
+        first = (tile.first_key - tile.left) // g.far_block - base - self.lowest
+        table = self.table[3 * first : 3 * (first + blocks)]
+        self.far[at] = torch.mm(sums.view(-1, 3 * blocks), table).view(*tile.shape, 3)
+        if self.sides is not None:
+            # a sub-block lies wholly before or wholly after a row, so its part of the distance is one absolute value
+            t = torch.arange(tile.shape[2], device=g.device, dtype=torch.float64) + (tile.start - base * g.far_block)
+            sums = sums.view(*tile.shape, blocks, 3)
+            gap = t[:, None] - self.ends[first : first + blocks]
+            self.sides[at] = (gap * sums[..., 0] + sums[..., 1]).abs_().sum(-1)
+
+    def finish(self, out: PartialStatistics, rows: RowSums) -> None:
+        """Join band and rest, divide."""
+        g = self.geometry
+        factor = rows.factor()
+        band, far = g.own(self.band_sums).double(), g.own(self.far)
+        tile_row = torch.arange(g.padded_rows, device=g.device) // g.tile_rows * g.tile_rows + g.first_row
+        t = torch.arange(g.padded_rows, device=g.device) + g.first_row - tile_row // g.far_block * g.far_block
+        t = t[g.lead : g.lead + g.rows].double()
+        for i, name in enumerate(self.names):
+            total = band[..., i]
+            if name == "distance":
+                total = total + (t * far[..., 0] - far[..., 1] if self.sides is None else g.own(self.sides))
+            elif name == "distance_sq":
+                total = total + (t * t * far[..., 0] - 2 * t * far[..., 1] + far[..., 2])
+            elif name == "waad":
+                total = total + self.request.waad_window * far[..., 0]
+            rows.put(out, name, total * factor)

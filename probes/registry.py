@@ -1,0 +1,100 @@
+"""The probes by name. One line each; a name that comes twice is refused when this module is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from headscope.errors import ProbeError, refusal, unknown_name
+from headscope.probes.base import Probe
+from headscope.probes.duplicate_token import DuplicateToken
+from headscope.probes.entropy import Entropy
+from headscope.probes.fai import Fai
+from headscope.probes.induction import Induction
+from headscope.probes.locality import Locality
+from headscope.probes.previous_token import PreviousToken
+from headscope.probes.razor import Razor
+from headscope.probes.receiver import Receiver
+from headscope.probes.sink import Sink
+from headscope.probes.sink_control import SinkControl
+from headscope.probes.streaming import Streaming
+from headscope.probes.waad import Waad
+
+ProbeLike = str | Probe | type[Probe]
+"""A probe by name, as a class, or as an instance with its own parameters."""
+
+
+def register(*classes: type[Probe]) -> dict[str, type[Probe]]:
+    """Probe classes by name; raises ProbeError when a probe or a metric comes twice, since one would silently replace the other."""
+    found: dict[str, type[Probe]] = {}
+    metrics: dict[str, str] = {}
+    for cls in classes:
+        if cls.name in found:
+            raise refusal(ProbeError, f"probe {cls.name!r}", f"{found[cls.name].__name__} has that name already", "choose another name")
+        found[cls.name] = cls
+        for metric in cls.metrics:
+            if metric.name in metrics:
+                raise refusal(
+                    ProbeError,
+                    f"metric {metric.name!r} of {cls.name!r}",
+                    f"probe {metrics[metric.name]!r} has it already",
+                    "choose another name",
+                )
+            metrics[metric.name] = cls.name
+    return found
+
+
+REGISTRY = register(
+    Sink,
+    SinkControl,
+    Streaming,
+    Locality,
+    Waad,
+    Fai,
+    Entropy,
+    PreviousToken,
+    DuplicateToken,
+    Induction,
+    Razor,
+    Receiver,
+)
+"""Every probe, in the order in which their metrics stand in a profile."""
+
+PASSIVE = tuple(REGISTRY)
+"""The probes that need nothing but forward passes over texts; today all of them."""
+
+
+def resolve(probes: str | ProbeLike | Iterable[ProbeLike]) -> list[Probe]:
+    """Instances from "passive", "all", a name, or a list of names, classes and instances. Raises ProbeError for a name that does not
+    exist.
+    """
+    if isinstance(probes, (str, Probe, type)):
+        probes = [probes]
+    out: list[Probe] = []
+    for item in probes:
+        if isinstance(item, str) and item in {"passive", "all"}:
+            out += [REGISTRY[name]() for name in (PASSIVE if item == "passive" else REGISTRY)]
+        elif isinstance(item, str):
+            if item not in REGISTRY:
+                raise unknown_name(ProbeError, "probe", item, (*REGISTRY, "passive", "all"))
+            out.append(REGISTRY[item]())
+        elif isinstance(item, Probe):
+            out.append(item)
+        elif isinstance(item, type) and issubclass(item, Probe):
+            out.append(item())
+        else:
+            raise refusal(
+                ProbeError, f"{item!r} as a probe", "it is neither a name, a Probe class nor a Probe", f"use one of {', '.join(REGISTRY)}"
+            )
+    if not out:
+        raise refusal(ProbeError, "an empty list of probes", "there is nothing to measure", "name at least one, or pass 'passive'")
+    unique = list(dict.fromkeys(out))
+    names = [probe.name for probe in unique]
+    for name in names:
+        if names.count(name) > 1:
+            raise refusal(
+                ProbeError,
+                f"probe {name!r} twice",
+                "both would write the same columns of one profile",
+                "make two profiles and compare them",
+            )
+    return unique
