@@ -44,14 +44,14 @@ PALETTES: dict[Scheme, Palette] = {
     "dark": Palette("#171c26", "#e8ecf2", "#9aa5b5", "#2a313d", "#5cc3d8", "#10141b", _DARK_SCALE, _DARK_SIGNED),
 }
 
-# Okabe and Ito's palette without its yellow and black, which vanish on one of the two backgrounds.
-ROLE_COLOURS = ("#E69F00", "#D55E00", "#56B4E9", "#CC79A7", "#009E73", "#0072B2", "#B59B00", "#8C6BB1", "#7F7F7F", "#A65628")
+# Okabe and Ito's palette, without its yellow, black and dark blue, which vanish on one of the two grounds.
+ROLE_COLOURS = ("#E69F00", "#D55E00", "#56B4E9", "#CC79A7", "#009E73", "#5B7FFF", "#B59B00", "#8C6BB1", "#7F7F7F", "#A65628")
 ROLE_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "hexagon", "x", "pentagon")
 
 
 def scheme_of(given: str | None = None) -> Scheme:
     """The colour scheme to draw in: the one given, else the request's cookie, else light."""
-    if given is None and flask.has_request_context():
+    if not given and flask.has_request_context():
         given = flask.request.cookies.get(COOKIE)
     return "dark" if given == "dark" else "light"
 
@@ -66,6 +66,11 @@ def colourscale(scheme: Scheme, *, signed: bool = False) -> list[list[Any]]:
 def role_colour(index: int) -> str:
     """Colour of the index-th role."""
     return ROLE_COLOURS[index % len(ROLE_COLOURS)]
+
+
+def role_size(index: int) -> float:
+    """Relative size of the index-th role's symbol, so that all of them look equally large."""
+    return {"circle": 1.0, "square": 0.95, "star": 1.2, "x": 1.0}.get(role_symbol(index), 1.15)
 
 
 def role_symbol(index: int) -> str:
@@ -86,6 +91,7 @@ def layout(scheme: Scheme, **more: Any) -> dict[str, Any]:
             "font": {"family": SANS, "size": 12, "color": palette.text},
             "align": "left",
         },
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": palette.muted, "activecolor": palette.accent},
         "margin": {"l": 48, "r": 12, "t": 8, "b": 40},
         "showlegend": False,
         "dragmode": "zoom",
@@ -131,9 +137,14 @@ def colourbar(scheme: Scheme, **more: Any) -> dict[str, Any]:
 
 
 def graph_config(name: str) -> dict[str, Any]:
-    """Configuration of every graph: no logo, scroll left to the page, and a camera that saves `name`.svg for a paper."""
+    """Configuration of every graph: scroll left to the page, a camera that saves `name`.svg for a paper, and no button that sends the
+    figure to a service (plotly shows one by default).
+    """
     return {
         "displaylogo": False,
+        "showTips": False,
+        "showSendToCloud": False,
+        "plotlyServerURL": "",
         "displayModeBar": "hover",
         "scrollZoom": False,
         "doubleClick": "reset",

@@ -46,9 +46,10 @@ def tiny_scope() -> Scope:
 
 
 def check_scope(scope: Scope, tokens: int = 64, seed: int = 0) -> dict[str, Any]:
-    """Largest error of each statistic against eager attention on random tokens, relative to the statistic's own scale.
+    """Largest error of each statistic against eager attention on random tokens, relative to its own scale.
 
-    Returns {"ok", "errors": {name: float}, "tolerance", "model", "tokens", "dtype", "logits_identical"}. Needs a model that can switch to eager
+    Returns {"ok", "errors": {name: float}, "tolerance", "model", "tokens", "dtype", "logits_identical"}. Needs a model that can switch to
+    eager
     attention; the model's own implementation is restored.
     """
     import torch
@@ -69,7 +70,12 @@ def check_scope(scope: Scope, tokens: int = 64, seed: int = 0) -> dict[str, Any]
         finally:
             model.set_attn_implementation(before)
     if not weights or weights[0] is None:
-        raise refusal(CaptureError, scope.name, "its eager attention returns no weights", "this check cannot be made on this model; the capture's own check still runs")
+        raise refusal(
+            CaptureError,
+            scope.name,
+            "its eager attention returns no weights",
+            "this check cannot be made on this model; the capture's own check still runs",
+        )
     errors = compare_with_eager(stats, weights)
     tolerance = TOLERANCE[str(scope.dtype)]
     identical = bool(torch.equal(plain, observed))

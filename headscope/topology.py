@@ -18,8 +18,8 @@ class AttentionModule:
     """One attention module. `layer` is its number in the model's main stack, None in a side tower (vision, audio, encoder of an
     encoder-decoder) or a cross-attention; `name` is its qualified name in the scoped model and always identifies it.
 
-    `window`: keys in (t - window, t]. `softcap`, `has_sinks`: see AttentionCall. `output`: qualified name of the linear module that mixes the
-    heads (W_O), None when there is none. `capturable`: "" when its attention reaches a seam, else the reason why it does not.
+    `window`: keys in (t - window, t]. `softcap`, `has_sinks`: see AttentionCall. `output`: qualified name of the linear module that
+    mixes the heads (W_O), None when there is none. `capturable`: "" when its attention reaches a seam, else the reason why it does not.
     """
 
     name: str

@@ -28,12 +28,11 @@ from headscope.kernels.counts import eligible_rows, row_counts
 from headscope.kernels.gather import exact_pairs
 from headscope.kernels.geometry import ENTRIES, Geometry, Span
 from headscope.kernels.hiding import Hiding
-from headscope.kernels.tile import Tile, tile_of
+from headscope.kernels.scoring import Scoring
+from headscope.kernels.tile import Tile
 from headscope.statistics.partial import PartialStatistics
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from headscope.call import AttentionCall
     from headscope.statistics.request import StatisticsRequest
 
@@ -58,15 +57,14 @@ def measure_blocked(call: AttentionCall, request: StatisticsRequest) -> PartialS
     geometry = Geometry(call, request)
     rows = RowSums(call, request, geometry)
     families = _families(call, request, geometry)
-    eligible = eligible_rows(call, request)
-    for tile in _tiles(call, request, geometry, rows, families, eligible):
+    for tile in _tiles(call, request, geometry, rows, families):
         for family in families:
             family.add(tile)
     rows.finish(out)
     for family in families:
         family.finish(out, rows)
     if request.needs("column_sum", "sink_importance", "fai"):
-        seen = rows.seen().any(1)
+        seen, eligible = rows.seen().any(1), eligible_rows(call, request)
         out.counts = row_counts(call, request, seen if eligible is None else seen & eligible)
     if request.needs("pairs"):
         out.pairs = exact_pairs(call, rows.lse(), request.pairs)
@@ -79,36 +77,24 @@ def _families(call: AttentionCall, request: StatisticsRequest, geometry: Geometr
     if request.needs("sink_mass"):
         families.append(SinkMass(call, request, geometry))
     if request.needs("class_mass"):
-        families.append(ClassMass(call, request, geometry))
+        families.append(ClassMass(request, geometry))
     if request.needs("column_sum", "sink_importance", "fai", "block_mass", "block_max"):
-        families.append(ColumnSums(call, request, geometry))
+        families.append(ColumnSums(request, geometry))
     if request.needs("segment_mass"):
-        families.append(SegmentMass(call, request, geometry))
+        families.append(SegmentMass(request, geometry))
     if request.needs("diagonal_sum"):
-        families.append(Diagonals(call, request, geometry))
+        families.append(Diagonals(geometry))
     if request.needs("distance", "distance_sq", "waad", "local_mass"):
-        families.append(Distances(call, request, geometry))
+        families.append(Distances(request, geometry))
     return families
 
 
 def _tiles(
-    call: AttentionCall,
-    request: StatisticsRequest,
-    g: Geometry,
-    rows: RowSums,
-    families: list[Accumulator],
-    eligible: Tensor | None,
+    call: AttentionCall, request: StatisticsRequest, g: Geometry, rows: RowSums, families: list[Accumulator]
 ) -> Iterator[Tile]:
-    """Every tile in turn, finished: weights computed, row sums taken. A tile is valid until the next one is asked for."""
-    softcap = call.softcap
-    q = g.queries(call, call.scale if softcap is None else call.scale / softcap)
-    k = call.k.to(g.dtype)
-    k = k if k.stride(-1) == 1 else k.contiguous()
+    """Every tile in turn, its weights computed and its row sums taken. A tile is valid until the next one is asked for."""
     hiding = Hiding(call, g)
-    counting = _counting(call, g, eligible)
-    whole = counting.view(g.batch, g.tiles, g.tile_rows).all(-1).tolist()
-    weights = g.per_stream(counting.to(g.dtype))
-    buffers = torch.empty(2, 0, dtype=g.dtype, device=g.device)
+    scoring = Scoring(call, g, hiding, rows)
     for streams, b, valid in _groups(call, request, g):
         for number in range(g.tiles):
             span = g.span(number, valid)
@@ -117,54 +103,13 @@ def _tiles(
             start = g.tile_start(number)
             first_key = (g.k0 + span.begin) // g.unit * g.unit
             n = -(-(g.k0 + span.end) // g.unit) * g.unit - first_key
-            left = right = 0
-            for family in families:
-                margins = family.margins(start, first_key, n)
-                left, right = max(left, margins[0]), max(right, margins[1])
-            left, right = -(-left // g.unit) * g.unit, -(-right // g.unit) * g.unit
+            margins = [family.margins(start, first_key, n) for family in families]
+            left, right = (-(-max([0, *side]) // g.unit) * g.unit for side in zip(*margins, strict=True)) if margins else (0, 0)
             entries = g.group * g.tile_rows * (left + n + right)
-            step = min(max(ENTRIES // entries, 1), streams.stop - streams.start)
-            if buffers.shape[1] < step * entries:
-                buffers = torch.empty(2, step * entries, dtype=g.dtype, device=g.device)
-            for s0 in range(streams.start, streams.stop, step):
-                s1 = min(s0 + step, streams.stop)
-                shape = (s1 - s0, g.group, g.tile_rows)
-                stores = tile_of((buffers[0], buffers[1]), shape, left, n, right)
-                heads = slice(s0 % g.kv_heads, (s1 - 1) % g.kv_heads + 1)
-                patches = hiding.patches(number, first_key, n, span, b or 0, heads)
-                tile = Tile(number, s0, s1, b, start, first_key, n, span, left, right, patches, *stores, g.unit)
-                _score(call, g, hiding, tile, q, k, heads)
-                rows.add(tile)
-                if tile.f is not None:
-                    full = whole[b][number] if b is not None else all(row[number] for row in whole)
-                    tile.w = tile.f if full else tile.f * weights[s0:s1, :, tile.rows]
-                yield tile
-
-
-def _score(call: AttentionCall, g: Geometry, hiding: Hiding, tile: Tile, q: Tensor, k: Tensor, heads: slice) -> None:
-    """Scores of a tile into x, -inf where hidden."""
-    begin, end = tile.span
-    column = tile.left + g.k0 + begin - tile.first_key
-    scores = tile.x_store.view(tile.s1 - tile.s0, -1, tile.stride)[..., column : column + end - begin]
-    for i, s in enumerate(range(tile.s0, tile.s1)):
-        torch.mm(q[s, tile.number], k[s // g.kv_heads, s % g.kv_heads, begin:end].t(), out=scores[i])
-    if call.softcap is not None:
-        scores.tanh_().mul_(call.softcap)
-    if call.mask.bias is not None:
-        top, bottom = g.own_rows(tile.number)
-        first = tile.start + top - g.q0
-        bias = hiding.of_streams(call.mask.bias, tile.b or 0, heads)[..., first : first + bottom - top, begin:end]
-        column -= tile.left
-        tile.x[:, :, top:bottom, column : column + end - begin].add_(bias)
-    for patch in tile.patches:
-        patch.fill(tile.x, float("-inf"))
-
-
-def _counting(call: AttentionCall, g: Geometry, eligible: Tensor | None) -> Tensor:
-    """[B, padded rows] bool: the row is in the call and eligible."""
-    out = torch.zeros(g.batch, g.padded_rows, dtype=torch.bool, device=g.device)
-    out[:, g.lead : g.lead + g.rows] = True if eligible is None else eligible
-    return out
+            step = min(max(ENTRIES // entries, 1), len(streams))
+            for first in range(streams.start, streams.stop, step):
+                heads = slice(first * g.group, min(first + step, streams.stop) * g.group)
+                yield scoring.tile(number, heads, b, first_key, n, span, left, right)
 
 
 def _groups(call: AttentionCall, request: StatisticsRequest, g: Geometry) -> list[tuple[range, int | None, Span]]:

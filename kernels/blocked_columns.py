@@ -7,6 +7,7 @@ maxima come from the maxima of scores that the row maximum needed anyway. Diagon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,6 @@ from headscope.kernels.counts import at_positions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headscope.call import AttentionCall
     from headscope.kernels.blocked_rows import RowSums
     from headscope.kernels.geometry import Geometry
     from headscope.kernels.tile import Tile
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 class ColumnSums:
     """column_sum, fai, block_mass and block_max, which share the tile's column vector."""
 
-    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
+    def __init__(self, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
         self.request = request
         self.block_rows = min(g.tile_rows, request.block) if request.needs("block_mass") else g.tile_rows
         self.width = g.end_key - g.first_key
-        heads = (g.streams, g.group)
+        heads = g.batch * g.heads
         self.want_columns = request.needs("column_sum", "sink_importance")
         self.want_vector = self.want_columns or request.needs("block_mass", "fai")
-        self.columns = torch.zeros(*heads, self.width, dtype=torch.float64, device=g.device) if self.want_columns else None
+        self.columns = torch.zeros(heads, self.width, dtype=torch.float64, device=g.device) if self.want_columns else None
         self.fai = _FutureBand(request.fai_band, g) if request.needs("fai") else None
         self.first_block = (g.q0 // request.block, g.k0 // request.block)
         last = ((g.q0 + g.rows - 1) // request.block, (g.k0 + g.keys - 1) // request.block)
         self.blocks = (last[0] - self.first_block[0] + 1, last[1] - self.first_block[1] + 1)
         self.per_block = request.block // g.unit
-        cells = (*heads, self.blocks[0], self.blocks[1] * self.per_block)
+        cells = (heads, self.blocks[0], self.blocks[1] * self.per_block)
         self.mass = torch.zeros(cells, dtype=g.dtype, device=g.device) if request.needs("block_mass") else None
         self.peak = torch.full(cells, float("-inf"), dtype=g.dtype, device=g.device) if request.needs("block_max") else None
 
@@ -51,46 +51,32 @@ class ColumnSums:
 
     def add(self, tile: Tile) -> None:
         """One product for all of the tile's columns, and what follows from it."""
-        assert tile.w is not None
-        streams, group, size = tile.shape
+        heads, size, _ = tile.e.shape
         first = tile.first_key - self.geometry.first_key
-        vector: Tensor | None = None
         if self.want_vector:
             cuts = size // self.block_rows
-            by_block = torch.bmm(tile.w.reshape(-1, 1, self.block_rows), tile.matrices(self.block_rows)).view(streams, group, cuts, tile.n)
+            by_block = torch.bmm(tile.w.view(-1, 1, self.block_rows), tile.matrices(self.block_rows)).view(heads, cuts, tile.n)
             if self.mass is not None:
-                cells = by_block.unflatten(-1, (-1, tile.unit)).sum(-1)
-                self._cells(self.mass, tile, cuts, cells.shape[-1]).add_(cells[:, :, : self._block_rows_in(tile, cuts)])
-            vector = by_block.squeeze(2) if cuts == 1 else by_block.sum(2)
-        if self.columns is not None and vector is not None:
-            self.columns[tile.s0 : tile.s1, :, first : first + tile.n].add_(vector)
-        if self.fai is not None and vector is not None:
-            self.fai.add(tile, vector)
+                self._place(self.mass, tile, by_block.view(heads, cuts, -1, self.geometry.unit).sum(-1), torch.add)
+            vector = by_block.squeeze(1) if cuts == 1 else by_block.sum(1)
+            if self.columns is not None:
+                self.columns[tile.heads, first : first + tile.n].add_(vector)
+            if self.fai is not None:
+                self.fai.add(tile, vector)
         if self.peak is not None:
-            self._add_peaks(tile)
+            # largest log weight per key block over the counting rows: (block maximum - row maximum) + ln w
+            logs = tile.maxima.sub_(tile.m).add_(tile.w.log().unsqueeze(-1))
+            rows = min(size, self.request.block)
+            self._place(self.peak, tile, logs.view(heads, -1, rows, logs.shape[-1]).amax(2), torch.maximum)
 
-    def _add_peaks(self, tile: Tile) -> None:
-        """Largest log weight per key block over the counting rows: (block maximum - row maximum) + ln w."""
-        assert tile.maxima is not None and tile.m is not None and tile.w is not None and self.peak is not None
-        logs = tile.maxima.sub_(tile.m).add_(tile.w.log().unsqueeze(-1))
-        size = tile.shape[2]
-        rows = min(size, self.request.block)
-        cuts = size // rows
-        highest = logs.unflatten(2, (cuts, rows)).amax(3)
-        cells = self._cells(self.peak, tile, cuts, highest.shape[-1])
-        torch.maximum(cells, highest[:, :, : cells.shape[2]], out=cells)
-
-    def _block_rows_in(self, tile: Tile, cuts: int) -> int:
-        return min(cuts, self.blocks[0] - self._block_row(tile))
-
-    def _block_row(self, tile: Tile) -> int:
-        return max(tile.start // self.request.block - self.first_block[0], 0)
-
-    def _cells(self, grid: Tensor, tile: Tile, cuts: int, columns: int) -> Tensor:
-        """The part of a grid that a tile covers."""
-        row = self._block_row(tile)
-        column = tile.first_key // tile.unit - self.first_block[1] * self.per_block
-        return grid[tile.s0 : tile.s1, :, row : row + cuts, column : column + columns]
+    def _place(self, grid: Tensor, tile: Tile, cells: Tensor, how: Callable[..., Tensor]) -> None:
+        """Combine a tile's cells [heads, blocks of rows, key blocks] with the grid's; blocks before the first and after the last drop out."""
+        row = tile.start // self.request.block - self.first_block[0]
+        skip = max(-row, 0)
+        cells = cells[:, skip : self.blocks[0] - row]
+        column = tile.first_key // self.geometry.unit - self.first_block[1] * self.per_block
+        part = grid[tile.heads, row + skip : row + skip + cells.shape[1], column : column + cells.shape[2]]
+        how(part, cells, out=part)
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Cut to the call's keys; log maxima to weights."""
@@ -113,12 +99,12 @@ class _FutureBand:
         g = self.geometry = geometry
         self.low, high = band
         self.high = g.q0 + g.rows + g.tile_rows - g.k0 + self.low if high is None else high
-        self.sums = torch.zeros(g.streams, g.group, g.end_key - g.first_key, dtype=torch.float64, device=g.device)
+        self.sums = torch.zeros(g.batch * g.heads, g.end_key - g.first_key, dtype=torch.float64, device=g.device)
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def add(self, tile: Tile, vector: Tensor) -> None:
-        """`vector` [streams, G, n] are the tile's column sums."""
-        size = tile.shape[2]
+        """`vector` [heads, n] are the tile's column sums."""
+        size = tile.e.shape[1]
         begin = max(tile.start - self.high - tile.first_key, 0)
         end = min(tile.start + size - self.low - tile.first_key, tile.n)
         if begin >= end:
@@ -136,15 +122,13 @@ class _FutureBand:
                 self._edge(tile, first, last)
 
     def _edge(self, tile: Tile, first: int, last: int) -> None:
-        assert tile.w is not None
-        streams, group, size = tile.shape
+        size = tile.e.shape[1]
         kept = tile.e[..., first:last] * self._mask(tile.first_key + first - tile.start, last - first, size)
-        sums = torch.bmm(tile.w.reshape(-1, 1, size), kept.view(-1, size, last - first))
-        self._at(tile, first, last).add_(sums.view(streams, group, -1))
+        self._at(tile, first, last).add_(torch.bmm(tile.w.unsqueeze(1), kept).squeeze(1))
 
     def _at(self, tile: Tile, first: int, last: int) -> Tensor:
         shift = tile.first_key - self.geometry.first_key
-        return self.sums[tile.s0 : tile.s1, :, shift + first : shift + last]
+        return self.sums[tile.heads, shift + first : shift + last]
 
     def _mask(self, shift: int, columns: int, size: int) -> Tensor:
         """[R, columns] of 0 and 1: lo <= t - s <= hi, for columns that start `shift` after the tile's first row."""
@@ -159,7 +143,7 @@ class _FutureBand:
 class SegmentMass:
     """segment_mass: column vectors of each segment among the tile's rows (few, as segments are mostly runs), then summed by key segment."""
 
-    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
+    def __init__(self, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
         assert request.segments is not None
         segments = request.segments.to(g.device)
@@ -167,7 +151,7 @@ class SegmentMass:
         self.of_row = at_positions(segments, g.first_row, g.padded_rows, -1)
         of_key = at_positions(segments, g.first_key, g.end_key - g.first_key, -1)
         self.of_key = torch.where(of_key < 0, self.count, of_key)
-        self.sums = torch.zeros(g.streams, g.group, self.count, self.count + 1, dtype=torch.float64, device=g.device)
+        self.sums = torch.zeros(g.batch * g.heads, self.count, self.count + 1, dtype=torch.float64, device=g.device)
 
     def margins(self, start: int, first_key: int, n: int) -> tuple[int, int]:
         """None."""
@@ -175,19 +159,18 @@ class SegmentMass:
 
     def add(self, tile: Tile) -> None:
         """Weights of each row segment times the tile, added up by key segment in float64."""
-        assert tile.w is not None
         b = tile.b or 0
-        streams, group, size = tile.shape
+        heads, size, _ = tile.e.shape
         of_row = (self.of_row[b] if self.of_row.shape[0] > 1 else self.of_row[0])[tile.rows]
         present = of_row[of_row >= 0].unique()
         if not present.numel():
             return
         first = tile.first_key - self.geometry.first_key
         of_key = (self.of_key[b] if self.of_key.shape[0] > 1 else self.of_key[0])[first : first + tile.n]
-        weights = tile.w.reshape(-1, 1, size) * (of_row == present[:, None]).to(tile.w.dtype)
+        weights = tile.w[:, None] * (of_row == present[:, None]).to(tile.w.dtype)
         vectors = torch.bmm(weights, tile.matrices(size)).double()
-        sums = vectors.new_zeros(streams * group, len(present), self.count + 1).index_add_(-1, of_key, vectors)
-        self.sums[tile.s0 : tile.s1].index_add_(2, present, sums.view(streams, group, len(present), -1))
+        sums = vectors.new_zeros(heads, len(present), self.count + 1).index_add_(-1, of_key, vectors)
+        self.sums[tile.heads].index_add_(1, present, sums)
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Drop the keys of no segment."""
@@ -197,13 +180,13 @@ class SegmentMass:
 class Diagonals:
     """diagonal_sum: in a view skewed by one per row every diagonal is a column."""
 
-    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         g = self.geometry = geometry
         self.start = 0 if g.causal else g.q0 - (g.k0 + g.keys - 1)
         self.count = max(g.q0 + g.rows - 1 - g.k0, self.start) - self.start + 1
         # entries of padded rows and keys are zero, and fall outside of the distances that exist
-        self.slack = 2 * (g.tile_rows + g.unit) + max(0, g.end_key - g.q0)
-        self.sums = torch.zeros(g.streams, g.group, self.slack + self.count + self.slack, dtype=torch.float64, device=g.device)
+        self.slack = g.tile_rows + g.unit
+        self.sums = torch.zeros(g.batch * g.heads, self.slack + self.count + self.slack, dtype=torch.float64, device=g.device)
 
     def margins(self, start: int, first_key: int, n: int) -> tuple[int, int]:
         """A tile's height on both sides."""
@@ -211,13 +194,12 @@ class Diagonals:
 
     def add(self, tile: Tile) -> None:
         """Column j of the view holds the keys at row + first + j: distance -(first + j)."""
-        assert tile.w is not None
-        streams, group, size = tile.shape
+        size = tile.e.shape[1]
         first = tile.first_key - tile.start - (size - 1)
         width = tile.n + size - 1
-        vector = torch.bmm(tile.w.reshape(-1, 1, size), tile.diagonal(first, width)).view(streams, group, width)
+        vector = torch.bmm(tile.w.unsqueeze(1), tile.diagonal(first, width)).squeeze(1)
         nearest = -(first + width - 1) - self.start + self.slack
-        self.sums[tile.s0 : tile.s1, :, nearest : nearest + width].add_(vector.flip(-1))
+        self.sums[tile.heads, nearest : nearest + width].add_(vector.flip(-1))
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Cut to the distances that exist."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from headscope.call import AttentionCall
     from headscope.kernels.blocked_rows import RowSums
     from headscope.kernels.geometry import Geometry
     from headscope.kernels.tile import Tile
@@ -33,7 +32,7 @@ LONG_BAND = 256
 class Distances:
     """The four statistics that depend on |t - s|. Must be the last to see a tile: it overwrites the band."""
 
-    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
+    def __init__(self, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
         self.request = request
         self.names = [name for name in NAMES if request.needs(name)]
@@ -59,7 +58,7 @@ class Distances:
         }
         self.band_dtype = torch.float64 if self.width > LONG_BAND else g.dtype
         self.band_weights = torch.stack([columns[name].to(self.band_dtype) for name in self.names], -1)
-        shape = (g.streams, g.group, g.padded_rows)
+        shape = (g.batch * g.heads, g.padded_rows)
         self.band_sums = torch.zeros(*shape, len(self.names), dtype=self.band_dtype, device=g.device)
         self.far = torch.zeros(*shape, 3 if self.moments else 1, dtype=torch.float64, device=g.device)
         self.sides = torch.zeros(shape, dtype=torch.float64, device=g.device) if self.far_sides else None
@@ -89,13 +88,13 @@ class Distances:
 
     def add(self, tile: Tile) -> None:
         """Band first, then the rest."""
-        streams, group, size = tile.shape
-        at = (slice(tile.s0, tile.s1), slice(None), tile.rows)
+        size = tile.e.shape[1]
+        at = (tile.heads, tile.rows)
         last = tile.start + size - 1 + self.first + self.width
         if last > tile.first_key and tile.start + self.first < tile.first_key + tile.n:
             band = tile.diagonal(self.first, self.width)
             near = band.to(self.band_dtype, copy=True, memory_format=torch.contiguous_format)
-            self.band_sums[at] = torch.mm(near.view(-1, self.width), self.band_weights).view(streams, group, size, -1)
+            self.band_sums[at] = torch.mm(near.view(-1, self.width), self.band_weights).view(-1, size, len(self.names))
             if self.moments or self.far_mass:
                 band.zero_()
         if self.moments:
@@ -105,17 +104,17 @@ class Distances:
 
     def _add_moments(self, tile: Tile) -> None:
         g = self.geometry
-        at = (slice(tile.s0, tile.s1), slice(None), tile.rows)
-        blocks = tile.stride // g.far_block
-        sums = torch.mm(tile.e_store.view(-1, g.far_block), self.powers).double()
+        at = (tile.heads, tile.rows)
+        size, blocks = tile.e.shape[1], tile.stride // g.far_block
+        sums = torch.mm(tile.store.view(-1, g.far_block), self.powers).double()
         base = tile.start // g.far_block
         first = (tile.first_key - tile.left) // g.far_block - base - self.lowest
         table = self.table[3 * first : 3 * (first + blocks)]
-        self.far[at] = torch.mm(sums.view(-1, 3 * blocks), table).view(*tile.shape, 3)
+        self.far[at] = torch.mm(sums.view(-1, 3 * blocks), table).view(-1, size, 3)
         if self.sides is not None:
             # a sub-block lies wholly before or wholly after a row, so its part of the distance is one absolute value
-            t = torch.arange(tile.shape[2], device=g.device, dtype=torch.float64) + (tile.start - base * g.far_block)
-            sums = sums.view(*tile.shape, blocks, 3)
+            t = torch.arange(size, device=g.device, dtype=torch.float64) + (tile.start - base * g.far_block)
+            sums = sums.view(-1, size, blocks, 3)
             gap = t[:, None] - self.ends[first : first + blocks]
             self.sides[at] = (gap * sums[..., 0] + sums[..., 1]).abs_().sum(-1)
 

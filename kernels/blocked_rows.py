@@ -18,80 +18,50 @@ if TYPE_CHECKING:
     from headscope.statistics.partial import PartialStatistics
     from headscope.statistics.request import StatisticsRequest
 
-FLOOR = {torch.float32: -70.0, torch.float64: -700.0}
-"""Smallest score - row maximum that is told apart: its exponential, times a normaliser, is still a normal number."""
-
-
 class RowSums:
-    """Maximum m, Z = sum e, sum e (m - s) and argmax of every row; everything else is derived from them in float64."""
+    """Maximum m, Z = sum e, sum e (s - m) and argmax of every row, [B * Hq, padded rows]; the rest follows from them in float64."""
 
     def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
         self.call, self.request = call, request
-        self.want_entropy = request.needs("entropy")
-        self.want_argmax = request.needs("argmax")
-        self.want_weights = any(name != "argmax" for name in request.names)
-        shape = (g.streams, g.group, g.padded_rows)
+        shape = (g.batch * g.heads, g.padded_rows)
         self.m = torch.full(shape, float("-inf"), dtype=g.dtype, device=g.device)
         self.z = torch.ones(shape, dtype=g.dtype, device=g.device)
-        self.es = torch.zeros(shape, dtype=g.dtype, device=g.device) if self.want_entropy else None
-        self.argmax = torch.full(shape, -1, dtype=torch.int64, device=g.device) if self.want_argmax else None
-        self.sinks = None if call.sink_logits is None else call.sink_logits.to(g.device).double().view(g.kv_heads, g.group).repeat(g.batch, 1)
-        mask = call.mask
-        self._hides = mask.key_valid is not None or mask.query_segments is not None or mask.allowed is not None or mask.bias is not None
+        self.es = torch.zeros(shape, dtype=g.dtype, device=g.device) if request.needs("entropy") else None
+        self.argmax = torch.full(shape, -1, dtype=torch.int64, device=g.device) if request.needs("argmax") else None
+        self.sinks = None if call.sink_logits is None else call.sink_logits.to(g.device).double().repeat(g.batch)[:, None]
         self._ramp = torch.arange(g.unit, 0, -1, dtype=g.dtype, device=g.device)
-        self._row_number = torch.arange(1, device=g.device)
+        self._lines = torch.arange(1, device=g.device)
+        self._blocks = -1
 
-    def add(self, tile: Tile) -> None:
-        """From scores to weights: takes the maximum, exponentiates, sums, and sets the tile's `maxima`, `m` and `f`."""
-        g = self.geometry
-        streams, group, size = tile.shape
-        x, e = tile.x, tile.e
-        at = (slice(tile.s0, tile.s1), slice(None), tile.rows)
-        tile.maxima = x.unflatten(-1, (tile.n // g.unit, g.unit)).amax(-1)
-        m = torch.amax(tile.maxima, -1, keepdim=True)
-        self.m[at] = m.squeeze(-1)
+    def add(self, tile: Tile, bounded: bool) -> Tensor:
+        """Take in a tile whose m, z and es are set; gives its `f`, [heads, R]. `bounded`: every row is known to see a key."""
+        at = (tile.heads, tile.rows)
+        if bounded:
+            self.m[at] = tile.m.squeeze(-1)
         if self.argmax is not None:
-            self.argmax[at] = self._first_maximum(tile, m)
-        if not self.want_weights:
-            return
-        top, bottom = g.own_rows(tile.number)
-        bounded = not self._hides and bottom - top == size and tile.first_key <= tile.start and (g.causal or g.window is None)
-        if not bounded:
-            m = m.clamp_min(torch.finfo(g.dtype).min / 2)
-        tile.m = m
-        x.sub_(m).clamp_(min=FLOOR[g.dtype])
-        torch.exp(x, out=e)
-        for patch in tile.patches:
-            patch.fill(e, 0.0)
-        if self.es is not None:
-            torch.sum(x.mul_(e), -1, out=self.es[at])
-        z = torch.sum(e, -1)
-        self.z[at] = z
+            self.argmax[at] = self._first_maximum(tile)
         if self.sinks is None:
-            f = z.reciprocal_()
+            f = self.z[at].reciprocal()
         else:
-            sink = self.sinks[tile.s0 : tile.s1, :, None]
-            f = (z.double() + torch.exp(sink - m.squeeze(-1).double())).reciprocal_().to(g.dtype)
-        tile.f = f if bounded else f.masked_fill_(self.m[at] == float("-inf"), 0.0)
+            f = (self.z[at].double() + torch.exp(self.sinks[tile.heads] - tile.m.squeeze(-1).double())).reciprocal_().to(self.geometry.dtype)
+        return f if bounded else f.masked_fill_(self.m[at] == float("-inf"), 0.0)
 
-    def _first_maximum(self, tile: Tile, m: Tensor) -> Tensor:
-        """Absolute position of the first key that reaches the row maximum m, [streams, G, R]."""
+    def _first_maximum(self, tile: Tile) -> Tensor:
+        """Absolute position of the first key with the row's largest weight, [heads, R].
+
+        The first block whose largest score is the row's, and in it the first weight of 1 (the others round down to 0); ramp falls with the
+        key, so that its largest value marks the first hit.
+        """
         g = self.geometry
-        streams, group, size = tile.shape
-        rows, blocks = streams * group * size, tile.stride // g.unit
-        assert tile.maxima is not None
+        lines, blocks = tile.store.shape[0], tile.stride // g.unit
         which = tile.maxima.argmax(-1)
-        if self._row_number.shape[0] != rows or self._blocks != blocks:
-            self._row_number, self._blocks = torch.arange(rows, device=g.device) * blocks, blocks
-        flat = (which.view(-1) + self._row_number).add_(tile.left // g.unit)
-        # [rows, unit]: the block of scores that holds the maximum; ramp falls with the key, so its largest value marks the first hit
-        block = tile.x_store.view(-1, g.unit).index_select(0, flat)
-        hits = torch.eq(block, m.view(-1, 1)).to(g.dtype).mul_(self._ramp)
+        if self._lines.shape[0] != lines or self._blocks != blocks:
+            self._lines, self._blocks = torch.arange(lines, device=g.device) * blocks, blocks
+        flat = (which.view(-1) + self._lines).add_(tile.left // g.unit)
+        hits = tile.store.view(-1, g.unit).index_select(0, flat).floor_().mul_(self._ramp)
         offset = g.unit - hits.amax(-1).to(torch.int64)
-        return which.mul_(g.unit).add_(offset.view(streams, group, size)).add_(tile.first_key)
-
-    _blocks = -1
+        return which.mul_(g.unit).add_(offset.view_as(which)).add_(tile.first_key)
 
     def seen(self) -> Tensor:
         """[B, Hq, Nq] bool: the row sees a key."""
@@ -134,7 +104,7 @@ class RowSums:
 
     def _sink(self) -> Tensor:
         assert self.sinks is not None
-        return self.geometry.by_head(self.sinks)[:, :, None]
+        return self.geometry.by_head(self.sinks)
 
     def _mask(self, value: Tensor) -> Tensor:
         """NaN on padded rows and on rows that see no key."""
@@ -150,7 +120,7 @@ class SinkMass:
         g = self.geometry = geometry
         self.count = request.sink_tokens
         self.first = [0] * g.batch if call.first_token is None else [int(x) for x in call.first_token.tolist()]
-        self.sums = torch.zeros(g.streams, g.group, g.padded_rows, dtype=g.dtype, device=g.device)
+        self.sums = torch.zeros(g.batch * g.heads, g.padded_rows, dtype=g.dtype, device=g.device)
 
     def margins(self, start: int, first_key: int, n: int) -> tuple[int, int]:
         """None."""
@@ -161,7 +131,7 @@ class SinkMass:
         first = self.first[tile.b or 0] - tile.first_key
         begin, end = max(first, 0), min(first + self.count, tile.n)
         if begin < end:
-            torch.sum(tile.e[..., begin:end], -1, out=self.sums[tile.s0 : tile.s1, :, tile.rows])
+            torch.sum(tile.e[..., begin:end], -1, out=self.sums[tile.heads, tile.rows])
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Divide."""
@@ -171,13 +141,13 @@ class SinkMass:
 class ClassMass:
     """class_mass: the weight on the keys of each label, by a product with the labels' one-hot matrix, block of keys by block of keys."""
 
-    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
+    def __init__(self, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
         assert request.labels is not None
         classes = request.classes
         labels = at_positions(request.labels.to(g.device), g.first_key, g.end_key - g.first_key, -1)
         self.one_hot = (labels[..., None] == torch.arange(classes, device=g.device)).to(g.dtype)
-        self.sums = torch.zeros(g.streams, g.group, g.padded_rows, classes, dtype=torch.float64, device=g.device)
+        self.sums = torch.zeros(g.batch * g.heads, g.padded_rows, classes, dtype=torch.float64, device=g.device)
 
     def margins(self, start: int, first_key: int, n: int) -> tuple[int, int]:
         """None."""
@@ -188,11 +158,11 @@ class ClassMass:
         g = self.geometry
         table = self.one_hot[tile.b or 0] if self.one_hot.shape[0] > 1 else self.one_hot[0]
         first = tile.first_key - g.first_key
-        total = tile.e_store.shape[0]
+        total = tile.store.shape[0]
         blocks = tile.n // g.unit
         weights = tile.matrices(total)[0].view(total, blocks, g.unit).transpose(0, 1)
         masses = torch.bmm(weights, table[first : first + tile.n].view(blocks, g.unit, -1)).sum(0, dtype=torch.float64)
-        self.sums[tile.s0 : tile.s1, :, tile.rows] = masses.view(*tile.shape, -1)
+        self.sums[tile.heads, tile.rows] = masses.view(*tile.f.shape, -1)
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Divide."""

@@ -2,8 +2,8 @@
 
 A tile is R query rows (of every query head of some key heads) against all keys that any of them can see, so a row is whole within one tile
 and needs no online softmax. Rows start at multiples of R and keys at multiples of `unit`, both counted from absolute position 0, so that the
-cells of a map never straddle two tiles and a chunk of a long prefill falls on the same grid as the whole prefill. `ENTRIES` keeps a tile's two
-buffers near the size of a core's second-level cache; a tile that spills out of it costs twice as much per entry.
+cells of a map never straddle two tiles and a chunk of a long prefill falls on the same grid as the whole prefill. A tile is scored in
+strips of a few heads, small enough for a core's second-level cache: passes over memory that spills out of it cost twice as much.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from headscope.statistics.request import StatisticsRequest
 
 ENTRIES = 1 << 19
-"""Entries of A per tile that are aimed at: 2 MiB per buffer in float32."""
-MOST_ENTRIES = 1 << 20
-"""Entries per tile at which the number of rows is halved."""
+"""Entries of A per tile that are aimed at: 2 MiB of weights in float32."""
+STRIP_ENTRIES = 1 << 18
+"""Entries per strip, the heads of a tile that are scored together: the scores then stay in a core's second-level cache."""
+MOST_ENTRIES = 1 << 21
+"""Entries per tile of one stream at which the number of rows is halved."""
 ROWS = 128
 UNIT = 128
 FAR_BLOCK = 64
@@ -97,14 +99,14 @@ class Geometry:
         torch.mul(q, factor, out=out)
         return out.view(self.streams, self.tiles, self.group * self.tile_rows, self.width)
 
-    def per_stream(self, rows: Tensor) -> Tensor:
-        """[B, rows] -> [B * Hkv, 1, rows]."""
-        return rows[:, None].expand(self.batch, self.kv_heads, rows.shape[-1]).reshape(self.streams, 1, rows.shape[-1])
+    def per_head(self, rows: Tensor) -> Tensor:
+        """[B, rows] -> [B * Hq, rows]."""
+        return rows.repeat_interleave(self.heads, 0)
 
     def by_head(self, rows: Tensor) -> Tensor:
-        """[B * Hkv, G, ...] -> [B, Hq, ...]."""
-        return rows.reshape(self.batch, self.heads, *rows.shape[2:])
+        """[B * Hq, ...] -> [B, Hq, ...]."""
+        return rows.view(self.batch, self.heads, *rows.shape[1:])
 
     def own(self, rows: Tensor) -> Tensor:
-        """[B * Hkv, G, padded rows, ...] -> [B, Hq, Nq, ...], the call's own rows."""
+        """[B * Hq, padded rows, ...] -> [B, Hq, Nq, ...], the call's own rows."""
         return self.by_head(rows)[:, :, self.lead : self.lead + self.rows]

@@ -2,12 +2,13 @@
 
 In a causal prefill only the tile on the diagonal hides anything, so a mask over all keys would be a wasted pass over memory. Each fact of
 `MaskFacts` becomes rectangles (rows, columns, mask) of the tile; facts that hide nothing there give none. Hidden scores are set to -inf before
-the row maximum and their weights to 0 after the exponential, both by assignment, so that whatever a padded key holds, NaN included,
-goes nowhere.
+the row maximum and their weights to 0 after the exponential; where padding is hidden this is by assignment, so that whatever a padded
+key holds, NaN included, goes nowhere.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,21 +24,41 @@ HIDING_BIAS = -1e30
 
 
 class Patch(NamedTuple):
-    """Columns [begin, end) of rows [top, bottom) of a tile; `mask` broadcasts to [streams, G, bottom - top, end - begin], None hides all."""
+    """Columns [begin, end) of rows [top, bottom) of a tile; `mask` is [1 or heads, bottom - top, end - begin] bool, None hides all.
+
+    `offset` and `keep`, where given, are the same as numbers: 0 and -inf to add to scores, 1 and 0 to multiply weights with. They are twice
+    as fast as assignment, and as good for keys that are real tokens.
+    """
 
     top: int
     bottom: int
     begin: int
     end: int
-    mask: Tensor | None
+    mask: Tensor | None = None
+    offset: Tensor | None = None
+    keep: Tensor | None = None
 
-    def fill(self, tile: Tensor, value: float) -> None:
-        """Assign a value to what is hidden in a tile [streams, G, R, n]."""
-        part = tile[:, :, self.top : self.bottom, self.begin : self.end]
+    def hide_scores(self, x: Tensor, first: int) -> None:
+        """Set hidden scores to -inf in x [some heads, R, n], the first of which is head `first` of the tile."""
+        part = x[:, self.top : self.bottom, self.begin : self.end]
+        if self.offset is not None:
+            part.add_(self.offset)
+        else:
+            self._fill(part, first, -math.inf)
+
+    def hide_weights(self, e: Tensor, first: int) -> None:
+        """Set hidden weights to 0 in e, as `hide_scores`."""
+        part = e[:, self.top : self.bottom, self.begin : self.end]
+        if self.keep is not None:
+            part.mul_(self.keep)
+        else:
+            self._fill(part, first, 0.0)
+
+    def _fill(self, part: Tensor, first: int, value: float) -> None:
         if self.mask is None:
             part.fill_(value)
         else:
-            part.masked_fill_(self.mask, value)
+            part.masked_fill_(self.mask if self.mask.shape[0] == 1 else self.mask[first : first + len(part)], value)
 
 
 class Hiding:
@@ -46,7 +67,7 @@ class Hiding:
     def __init__(self, call: AttentionCall, geometry: Geometry) -> None:
         self.mask = call.mask
         self.geometry = geometry
-        self._edges: dict[tuple[int, int, bool], Tensor] = {}
+        self._edges: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
 
     @property
     def explicit(self) -> bool:
@@ -54,15 +75,15 @@ class Hiding:
         return self.mask.allowed is not None or self.mask.bias is not None or self.mask.query_segments is not None
 
     def patches(self, tile: int, first_key: int, count: int, span: Span, b: int, heads: slice) -> list[Patch]:
-        """For the rows of a tile and keys first_key .. first_key + count of batch element b; `heads` are its key heads in the tile."""
+        """For the rows of a tile and keys first_key .. first_key + count of batch element b; `heads` are its query heads in the tile."""
         g = self.geometry
         start, size = g.tile_start(tile), g.tile_rows
         low, high = span.begin + g.k0 - first_key, span.end + g.k0 - first_key
         out: list[Patch] = []
         if low > 0:
-            out.append(Patch(0, size, 0, low, None))
+            out.append(Patch(0, size, 0, low))
         if high < count:
-            out.append(Patch(0, size, high, count, None))
+            out.append(Patch(0, size, high, count))
         if g.causal:
             out += self._beyond(start, first_key, low, high, 1)
         if g.window is not None:
@@ -77,21 +98,24 @@ class Hiding:
         """Hides s >= t + ahead."""
         size = self.geometry.tile_rows
         begin = min(max(start + ahead - first_key, low), high)
-        return [Patch(0, size, begin, high, self._edge(first_key + begin - start - ahead, high - begin, True))] if begin < high else []
+        return [Patch(0, size, begin, high, None, *self._edge(first_key + begin - start - ahead, high - begin, True))] if begin < high else []
 
     def _before(self, start: int, first_key: int, low: int, high: int, window: int) -> list[Patch]:
         """Hides s <= t - window."""
         size = self.geometry.tile_rows
         end = max(min(start + size - window - first_key, high), low)
-        return [Patch(0, size, low, end, self._edge(first_key + low - start + window, end - low, False))] if low < end else []
+        return [Patch(0, size, low, end, None, *self._edge(first_key + low - start + window, end - low, False))] if low < end else []
 
-    def _edge(self, shift: int, columns: int, beyond: bool) -> Tensor:
-        """[R, columns] bool: column + shift >= row (beyond), or column + shift <= row."""
+    def _edge(self, shift: int, columns: int, beyond: bool) -> tuple[Tensor, Tensor]:
+        """`offset` and `keep` [R, columns] that hide column + shift >= row (beyond), or column + shift <= row."""
         key = (shift, columns, beyond)
         if key not in self._edges:
-            row = torch.arange(self.geometry.tile_rows, device=self.geometry.device)[:, None]
-            column = torch.arange(columns, device=self.geometry.device)[None, :] + shift
-            self._edges[key] = column >= row if beyond else column <= row
+            g = self.geometry
+            row = torch.arange(g.tile_rows, device=g.device)[:, None]
+            column = torch.arange(columns, device=g.device) + shift
+            hidden = column >= row if beyond else column <= row
+            zero = torch.zeros(hidden.shape, dtype=g.dtype, device=g.device)
+            self._edges[key] = (zero.masked_fill(hidden, -math.inf), (~hidden).to(g.dtype))
         return self._edges[key]
 
     def _explicit(self, tile: int, low: int, high: int, span: Span, b: int, heads: slice) -> list[Patch]:
@@ -108,18 +132,16 @@ class Hiding:
         if mask.key_valid is not None:
             valid = mask.key_valid[b, keys]
             if not bool(valid.all()):
-                hide(~valid[None, None, None, :])
+                hide(~valid[None, None, :])
         if mask.query_segments is not None and mask.key_segments is not None:
-            hide((mask.query_segments[b, rows][:, None] != mask.key_segments[b, keys][None, :])[None, None])
+            hide((mask.query_segments[b, rows][:, None] != mask.key_segments[b, keys][None, :])[None])
         if mask.allowed is not None:
-            hide(~self.of_streams(mask.allowed, b, heads)[..., rows, keys])
+            hide(~self.of_heads(mask.allowed, b, heads)[..., rows, keys])
         if mask.bias is not None:
-            hide(self.of_streams(mask.bias, b, heads)[..., rows, keys] <= HIDING_BIAS)
+            hide(self.of_heads(mask.bias, b, heads)[..., rows, keys] <= HIDING_BIAS)
         return [] if hidden is None else [Patch(top, bottom, low, high, hidden)]
 
-    def of_streams(self, values: Tensor, b: int, heads: slice) -> Tensor:
-        """[B or 1, Hq or 1, Nq, Nk] -> [streams or 1, G or 1, Nq, Nk] of one batch element's key heads."""
+    def of_heads(self, values: Tensor, b: int, heads: slice) -> Tensor:
+        """[B or 1, Hq or 1, Nq, Nk] -> [1 or heads, Nq, Nk] of one batch element."""
         mine = values[b if values.shape[0] > 1 else 0]
-        if mine.shape[0] == 1:
-            return mine[None]
-        return mine.unflatten(0, (self.geometry.kv_heads, self.geometry.group))[heads]
+        return mine if mine.shape[0] == 1 else mine[heads]

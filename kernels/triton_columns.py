@@ -118,8 +118,10 @@ def _walk(b_c, b_f, b_k, q, ref, b_lo, b_hi, b_keys, a_key, b_seg, a_max, n_tile
     return b_c, b_f
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "near", "fai_lo", "fai_hi", "cells_q", "cells_k",
-                               "diagonal_start", "diagonals", "segments"])
+@triton.jit(
+    do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "near", "fai_lo", "fai_hi", "cells_q", "cells_k",
+        "diagonal_start", "diagonals", "segments", "stride_ib", "stride_db", "stride_tq", "stride_tk", "Hq", "group"]
+)
 def columns_kernel(q, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, allowed, bias,
                    columns, fai, mass, top, diagonal, text_q, text_k, segment_mass,
                    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_ib, stride_db,

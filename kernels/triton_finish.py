@@ -20,7 +20,9 @@ def _merged(b_old, p_new, m_r, b_old_factor, b_new_factor):
     return b_old * b_old_factor + tl.load(p_new, mask=m_r, other=0.0) * b_new_factor
 
 
-@triton.jit(do_not_specialize=["Nq", "n_rows", "n_splits", "stride_raw"])
+@triton.jit(
+    do_not_specialize=["Nq", "n_rows", "n_splits", "stride_raw", "stride_ib", "Hq"]
+)
 def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_rows, n_splits,
                   GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr, WAAD: tl.constexpr,
                   SINK: tl.constexpr, LOCAL: tl.constexpr, WIN: tl.constexpr, CLASSES: tl.constexpr, SINK_LOGITS: tl.constexpr,
@@ -139,7 +141,9 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
         tl.store(classes + o_r[:, None] * CLASSES + o_c[None, :], b_cl, mask=m_r[:, None])
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift"])
+@triton.jit(
+    do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "stride_ib", "Hq", "group"]
+)
 def argmax_kernel(q, k, win, argmax, lo, hi, key_valid, q_segments, k_segments, allowed, bias,
                   stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_ib,
                   stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk,

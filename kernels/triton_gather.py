@@ -42,7 +42,9 @@ def _bias(i_b, i_h, b_i, b_j, Nq, Nk, bias, stride_bb, stride_bh, stride_bq, str
     return tl.where(b_b > -1e30, b_b * 1.4426950408889634, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "n_pairs", "q_offset", "k_offset"])
+@triton.jit(
+    do_not_specialize=["Nq", "Nk", "n_pairs", "q_offset", "k_offset", "stride_ib", "stride_pb", "Hq", "group"]
+)
 def pairs_kernel(q, k, lse, queries, keys, out, lo, hi, key_valid, q_segments, k_segments, allowed, bias,
                  stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_pb, stride_ib,
                  stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk,
@@ -83,7 +85,9 @@ def pairs_kernel(q, k, lse, queries, keys, out, lo, hi, key_valid, q_segments, k
     tl.store(out + i_bh.to(tl.int64) * n_pairs + o_p, b_a, mask=m_p)
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "n_queries", "n_keys", "i_h"])
+@triton.jit(
+    do_not_specialize=["Nq", "Nk", "n_queries", "n_keys", "i_h", "stride_ib", "Hq", "group"]
+)
 def window_kernel(q, k, lse, queries, keys, out, lo, hi, key_valid, q_segments, k_segments, allowed, bias,
                   stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_ib,
                   stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk,

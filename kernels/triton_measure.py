@@ -243,9 +243,10 @@ class _Run:
         weight = None if self.counted is None or not columns else self.counted.to(torch.float32).contiguous()
         reference = dummy if lse is None else self._reference(lse, None)
         lo, hi = request.fai_band
+        sinks = None if call.sink_logits is None else call.sink_logits.to(raw.device, torch.float32).contiguous()
         rows_kernel[(programs, self.batch * self.heads, splits)](
             _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), _operand(v, tile.keys, tma), reference,
-            self.seen.lo, self.seen.hi, self.seen.dense, first, dummy if weight is None else weight, *self.mask_pointers()[2:], labels,
+            dummy if sinks is None else sinks, self.seen.lo, self.seen.hi, self.seen.dense, first, dummy if weight is None else weight, *self.mask_pointers()[2:], labels,
             raw, dummy if class_raw is None else class_raw, out,
             *(made.get(name, dummy) for name in ("column_sum", "fai", "block_mass", "block_max")),
             *call.q.stride(), *call.k.stride(), *v.stride(), *out.stride()[:3],
@@ -258,10 +259,9 @@ class _Run:
             CLASSES=classes, OUT=output, COLUMNS="column_sum" in made, FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made,
             TOP="block_max" in made, CELL=cell, RESTRICT=weight is not None, ELEMENT=self.seen.element, SOFTCAP=self.softcap,
             CAUSAL=call.mask.causal, D=self.width, DP=_padded(self.width), DV=v.shape[3], DVP=_padded(v.shape[3]),
-            BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=tile.stages,
+            BM=tile.rows, BN=tile.keys, SINK_LOGITS=sinks is not None, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         n_rows = self.batch * self.heads * self.rows
-        sinks = None if call.sink_logits is None else call.sink_logits.to(raw.device, torch.float32).contiguous()
         finish_kernel[(_cdiv(n_rows, 128 if not classes else 32),)](
             raw, dummy if class_raw is None else class_raw, self.seen.lo, self.seen.hi, dummy if sinks is None else sinks, batched(self.seen.lo),
             raw.shape[1], self.heads, self.rows, n_rows, splits,

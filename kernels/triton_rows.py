@@ -208,9 +208,12 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
     return b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "near", "sink_tokens", "local_window", "waad_window",
-                               "fai_lo", "fai_hi", "n_splits", "cells_q", "cells_k", "stride_raw"])
-def rows_kernel(q, k, v, ref, lo, hi, dense, first, weight, key_valid, q_segments, k_segments, allowed, bias, labels,
+@triton.jit(
+    do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "near", "sink_tokens", "local_window", "waad_window",
+        "fai_lo", "fai_hi", "n_splits", "cells_q", "cells_k", "stride_raw", "stride_ib", "stride_db", "stride_fb", "stride_wb",
+        "stride_lb", "Hq", "group"]
+)
+def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, weight, key_valid, q_segments, k_segments, allowed, bias, labels,
                 raw, classes, out, columns, fai, mass, top,
                 stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
                 stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on,
@@ -223,7 +226,7 @@ def rows_kernel(q, k, v, ref, lo, hi, dense, first, weight, key_valid, q_segment
                 OUT: tl.constexpr, COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr,
                 RESTRICT: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
                 D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                TMA: tl.constexpr, UPCAST: tl.constexpr):
+                SINK_LOGITS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr):
     """Accumulators of every row into `raw` [n_splits, slots, B * Hq * Nq]; a slot number of -1 means that nobody asked.
 
     Slot 0 is the reference of the exponentials (the running maximum, or the given lse), slot 1 the sum (given lse: the largest exponent);
@@ -334,7 +337,10 @@ def rows_kernel(q, k, v, ref, lo, hi, dense, first, weight, key_valid, q_segment
     if OUT:
         # rows that see nothing give zero, as flash attention does; a given lse has divided already
         if not GIVEN:
-            b_o = b_o / tl.where(b_z > 0, b_z, 1.0)[:, None]
+            b_total = tl.where(b_z > 0, b_z, 1.0)
+            if SINK_LOGITS:
+                b_total += tl.exp2(tl.load(sinks + i_h) * 1.4426950408889634 - b_m)
+            b_o = b_o / b_total[:, None]
         b_o = tl.where((b_hi > b_lo)[:, None], b_o, 0.0)
         o_d = tl.arange(0, DVP)
         p_o = out + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + b_rows.to(tl.int64)[:, None] * stride_on + o_d[None, :]

@@ -26,11 +26,14 @@ class Receiver(Probe):
     `ignore`. receiver = Fisher kurtosis (biased) of v over the sentences i that have a later one that far; a head's number is its mean over
     texts. High: a few sentences get nearly all the attention. The reference takes the 20 heads with the highest kurtosis.
 
-    Departures: sentences are split at . ! ? and line breaks, not by a sentence model; only the first `limit` sentences are read, so that
-    the map stays small on long texts; depth is not controlled for (an option of the reference).
+    Departures: the first `skip` sentences are left out, because the first token is a sink in many heads and would make every such head a
+    receiver (the reference scores the sentences of a chain of thought, which has a prompt before it); sentences are split at . ! ? and line
+    breaks, not by a sentence model; only the next `limit` sentences are read, so that the map stays small on long texts; depth is not
+    controlled for (an option of the reference).
     """
 
     ignore: int = 4
+    skip: int = 1
     limit: int = 512
 
     name: ClassVar[str] = "receiver"
@@ -42,11 +45,11 @@ class Receiver(Probe):
     def check(self, text: ProbeText, topology: Topology) -> None:
         super().check(text, topology)
         count = 0 if text.segments is None else int(text.segments.max()) + 1
-        if count < self.ignore + 4:
+        if count < self.skip + self.ignore + 4:
             raise refusal(
                 ProbeError,
                 f"probe 'receiver' on a text of {count} sentences",
-                f"a kurtosis over fewer than 4 sentences says nothing, and the last {self.ignore} do not count",
+                f"a kurtosis over fewer than 4 sentences says nothing, and the first {self.skip} and last {self.ignore} do not count",
                 "raise the context, or name the other probes only",
             )
 
@@ -64,7 +67,8 @@ class Receiver(Probe):
             raise refusal(
                 ProbeError, f"probe 'receiver' on {text}", "this text has no sentences marked", "pass ProbeText.natural(ids, segments=...)"
             )
-        return torch.where(text.segments < self.limit, text.segments, -1)
+        moved = text.segments - self.skip
+        return torch.where((moved >= 0) & (moved < self.limit), moved, -1)
 
     def _kurtosis(self, means: Tensor) -> Tensor:
         """[B, H, S, S] sentence means -> [H]."""

@@ -149,12 +149,17 @@ def sentence_segments(text: str, starts: Sequence[int], *, special: Sequence[boo
     return torch.from_numpy(np.asarray(numbers, dtype=np.int64))
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids that stand for no text: the special tokens, but not the one for unknown words, which stands where a word stood."""
+    return set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
+
+
 def token_pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """What each token adds to the text, [N] strings. A token is decoded after its neighbour, since some tokenizers drop a leading space
     otherwise.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     cache: dict[tuple[int, int], str] = {}
     out = []
     for place, number in enumerate(ids):
@@ -176,8 +181,8 @@ def natural_probe_text(natural: Any, tokenizer: Any) -> ProbeText:
     if tokenizer is None:
         return ProbeText("natural", ids, name=natural.name)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    special_ids = set(tokenizer.all_special_ids)
-    special = [int(number) in special_ids for number in ids]
+    marks = special_ids(tokenizer)
+    special = [int(number) in marks for number in ids]
     first = 1 if special and special[0] else 0
     if natural.text is not None and natural.starts is not None:
         text, starts = natural.text, natural.starts

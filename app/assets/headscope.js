@@ -64,17 +64,18 @@
           plane: plane === usual.plane ? "" : plane,
           scale: scale === usual.scale ? "" : scale,
           sink: sink ? "hidden" : "",
-          q: win ? win[0] + "-" + win[1] : "",
-          k: win ? win[2] + "-" + win[3] : "",
+          q: win.length ? win[0] + "-" + win[1] : "",
+          k: win.length ? win[2] + "-" + win[3] : "",
           plots: plots === usual.plots ? "" : plots,
           colour: colour === usual.colour ? "" : colour,
-          token: token
+          token: token < 0 ? "" : token
         });
         return links.map(function (link) { return link.split("?")[0] + (query ? "?" + query : ""); });
       },
 
       pick_token: function (click) {
-        return click && click.points.length ? Math.round(click.points[0].x) : NO();
+        if (click && click.points.length) window.dash_clientside.set_props("token", { data: Math.round(click.points[0].x) });
+        return NO();
       },
 
       map_tip: function (hover, figure) {

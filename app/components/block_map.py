@@ -29,13 +29,13 @@ Window = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class MapView:
-    """What part of a map is drawn, and how."""
+    """What part of a map is drawn: the cells of `window`, on axes that show `shown`."""
 
     level: Level
     tokens: int
     window: Window
+    shown: Window
     values: np.ndarray  # [query blocks, key blocks], NaN where no query sees a key and where the sink is hidden
-    raw: np.ndarray  # the stored cells
 
 
 def pick_level(levels: list[Level], window: Window, budget: int = BUDGET) -> Level:
@@ -48,19 +48,23 @@ def pick_level(levels: list[Level], window: Window, budget: int = BUDGET) -> Lev
 
 
 def map_view(run: Run, layer: int, head: int, plane: str, hide_sink: bool, window: Window | None = None) -> MapView:
-    """The cells of a window (None: all) at the level that fits."""
+    """The cells of a window (None: all) at the level that fits; all cells where even the finest level fits whole, so that panning needs no
+    new ones.
+    """
     info = run.maps
     if info is None:
         raise refusal(RunError, f"the maps of {run.id}", "this run was made without them", "profile again with maps=True")
     tokens = info.tokens
-    level = pick_level(run.levels, window or (0, tokens, 0, tokens))
-    q0, q1, k0, k1 = (0, tokens, 0, tokens) if window is None else window
+    whole = (0, tokens, 0, tokens)
+    shown = window or whole
+    fits = pick_level(run.levels, whole).index == 0
+    level = pick_level(run.levels, shown)
+    q0, q1, k0, k1 = whole if fits else shown
     rows = slice(q0 // level.block, min(-(-q1 // level.block), level.cells))
     columns = slice(k0 // level.block, min(-(-k1 // level.block), level.cells))
-    raw = run.map(PLANES[plane], level.index, layer, head)[rows, columns].astype(np.float32)
+    values = run.map(PLANES[plane], level.index, layer, head)[rows, columns].astype(np.float32)
     first_query = np.arange(rows.start, rows.stop) * level.block
     first_key = np.arange(columns.start, columns.stop) * level.block
-    values = raw.copy()
     if plane == "mass":
         values /= np.minimum(level.block, tokens - first_query)[:, None].astype(np.float32)
     if info.causal:
@@ -68,13 +72,13 @@ def map_view(run: Run, layer: int, head: int, plane: str, hide_sink: bool, windo
         values[first_key[None, :] > last_query[:, None]] = np.nan
     if hide_sink:
         values[:, first_key == 0] = np.nan
-    shown = (
+    region = (
         rows.start * level.block,
         min(rows.stop * level.block, tokens),
         columns.start * level.block,
         min(columns.stop * level.block, tokens),
     )
-    return MapView(level, tokens, shown, values, raw)
+    return MapView(level, tokens, region, shown, values)
 
 
 def map_figure(run: Run, view: MapView, plane: str, scale: str, scheme: theme.Scheme, token: int | None = None) -> dict[str, Any]:
@@ -123,12 +127,14 @@ def map_figure(run: Run, view: MapView, plane: str, scale: str, scheme: theme.Sc
     }
     figure_layout = theme.layout(
         scheme,
-        margin={"l": 56, "r": 8, "t": 6, "b": 44},
-        xaxis=theme.axis(scheme, title="key position", range=[k0, k1], constrain="domain", minallowed=0, maxallowed=view.tokens, **spike),
+        margin={"l": 56, "r": 8, "t": 26, "b": 44},
+        xaxis=theme.axis(
+            scheme, title="key position", range=list(view.shown[2:]), constrain="domain", minallowed=0, maxallowed=view.tokens, **spike
+        ),
         yaxis=theme.axis(
             scheme,
             title="query position",
-            range=[q1, q0],
+            range=[view.shown[1], view.shown[0]],
             scaleanchor="x",
             constrain="domain",
             minallowed=0,
@@ -147,8 +153,8 @@ def token_lines(token: int | None, colour: str) -> list[dict[str, Any]]:
     if token is None:
         return []
     line = {"color": colour, "width": 1, "dash": "dot"}
-    across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": token + 0.5, "y1": token + 0.5, "line": line}
-    down = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": token + 0.5, "x1": token + 0.5, "line": line}
+    across = {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "y0": token + 0.5, "y1": token + 0.5, "line": line}
+    down = {"type": "line", "yref": "y domain", "y0": 0, "y1": 1, "x0": token + 0.5, "x1": token + 0.5, "line": line}
     return [across, down]
 
 

@@ -51,7 +51,7 @@ def grid_figure(run: Run, metric: Metric, scale: str, roles: list[str], scheme: 
     traces += _symbols(run, [role for role in run.roles if role in (roles or uncommon(run))], palette)
     figure_layout = theme.layout(
         scheme,
-        margin={"l": 44, "r": 8, "t": 6, "b": 40},
+        margin={"l": 44, "r": 8, "t": 26, "b": 40},
         xaxis=theme.axis(scheme, title="layer", range=[run.layers[0] - 0.5, run.layers[-1] + 0.5], dtick=_tick(len(run.layers)), ticks=""),
         yaxis=theme.axis(scheme, title="head", range=[run.heads - 0.5, -0.5], dtick=_tick(run.heads), ticks=""),
         height=grid_height(run),
@@ -68,7 +68,7 @@ def uncommon(run: Run) -> list[str]:
 
 def grid_height(run: Run) -> int:
     """Height in pixels: cells near 28 px for small models, never more than a screen for large ones."""
-    return int(min(max(run.heads * 28, 120), 560)) + 46
+    return int(min(max(run.heads * 28, 120), 560)) + 66
 
 
 def colour_range(values: np.ndarray) -> tuple[float, float, bool]:
@@ -97,12 +97,13 @@ def _hover(run: Run, metric: Metric, values: np.ndarray) -> list[list[str]]:
                 row.append("")
                 continue
             value = values[head, index]
-            line = f"<b>Layer {layer} · Head {head}</b><br>{metric.label} <b>{number(value)}</b>"
+            name = f"Layer {layer} · Head {head}" if detailed else f"{layer}.{head}"
+            line = f"<b>{name}</b><br>{metric.label} <b>{number(value)}</b>"
             if np.isfinite(value):
                 line += f" · rank {ranks[head, index]:.0f} of {total}"
             why = run.reasons[layer, head]
             if why:
-                lines = [f"<b>{words(role)}</b>  {reason if detailed else ''}".strip() for role, reason in why.items()]
+                lines = [f"<b>{words(role)}</b>  {reason}" for role, reason in why.items()] if detailed else [", ".join(why)]
                 line += "<br><br>" + "<br>".join(lines)
             row.append(line)
         rows.append(row)
@@ -135,7 +136,7 @@ def _symbols(run: Run, roles: list[str], palette: theme.Palette) -> list[dict[st
             width = min(columns, len(mine) - row * columns)
             dy = 0.0 if len(mine) == columns else (row - 0.5) * 0.42
             places[role].append((layer + (column - (width - 1) / 2) * (0.36 if columns < 3 else 0.3), head + dy))
-    size = 7 if run.heads * len(run.layers) <= 600 else 5
+    size = 8 if run.heads * len(run.layers) <= 600 else 5
     return [
         {
             "type": "scatter",
@@ -146,7 +147,7 @@ def _symbols(run: Run, roles: list[str], palette: theme.Palette) -> list[dict[st
             "marker": {
                 "symbol": theme.role_symbol(run.role_index(role)),
                 "color": theme.role_colour(run.role_index(role)),
-                "size": size,
+                "size": round(size * theme.role_size(run.role_index(role)), 1),
                 "line": {"width": 1, "color": palette.marker_edge},
             },
             "hoverinfo": "skip",

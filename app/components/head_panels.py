@@ -19,6 +19,7 @@ from headscope.app.runs import Run
 
 Place = list[int]
 """[layer, head]."""
+HIDDEN = {"visible": False}
 NO_MAPS = "This run was made without maps: profile again with maps=True."
 
 
@@ -49,8 +50,8 @@ def map_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) ->
         ],
         className="toolbar toolbar-tight",
     )
-    config = theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-map")
-    graph = dcc.Graph(id="map", figure=figure, config=config, className="graph map-graph", style={"height": 560}, clear_on_unhover=True)
+    config = theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-map") | {"doubleClick": "autosize"}
+    graph = dcc.Graph(id="map", figure=figure, config=config, className="graph map-graph", clear_on_unhover=True)
     return panel(
         "Attention map",
         controls,
@@ -76,8 +77,8 @@ def facts_panel(run: Run, place: Place) -> Component:
 
 
 def series_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
-    """The plots along the text."""
-    figure = token_series.series_figure(run, place[0], place[1], state.series, scheme, state.token)
+    """The plots along the text; the plots themselves come in a response of their own, so that the map of a long text is on the screen first."""
+    figure = {"data": [], "layout": theme.layout(scheme, height=token_series.figure_height(len(state.series)), xaxis=HIDDEN, yaxis=HIDDEN)}
     select = dmc.MultiSelect(
         id="series",
         value=state.series,

@@ -29,4 +29,6 @@ def head_steps(run: Run, layer: int, head: int, state: dict[str, str]) -> Compon
         title = f"{WAYS[way].capitalize()} (arrow {way})" if to else f"There is no {WAYS[way]}"
         link = dcc.Link(icon(way), id=f"step-{way}", href=href, title=title, className="step-link")
         links.append(html.Span(link, className=f"step step-{way}" + ("" if to else " step-none")))
-    return html.Div(links, className="steps")
+    lines = ("arrow keys:", "left, right for layers", "up, down for heads")
+    keys = html.Div([html.Span(line) for line in lines], className="steps-hint")
+    return html.Div([keys, html.Div(links, className="steps")], className="steps-frame")

@@ -18,7 +18,7 @@ _THEME = (
     " oddRowBackgroundColor: 'var(--hs-panel)', chromeBackgroundColor: 'var(--hs-panel)', inputBackgroundColor: 'var(--hs-panel)',"
     " fontFamily: 'inherit', fontSize: 12.5, wrapperBorder: false, wrapperBorderRadius: 0, spacing: 6})"
 )
-MAX_VALUES = 120_000  # numbers in one table, so that its rows stay well under 2 MB
+MAX_VALUES = 90_000  # numbers in one table, so that its rows stay under 2 MB
 
 
 def table_metrics(run: Run, first: str) -> list[str]:
@@ -28,15 +28,17 @@ def table_metrics(run: Run, first: str) -> list[str]:
 
 
 def table_rows(run: Run, metrics: list[str]) -> list[dict[str, Any]]:
-    """One row per head: layer, head, kv_head, roles as text, and the metrics in five significant digits."""
-    columns = {name: run.table[name].to_numpy(dtype=np.float64) for name in metrics}
+    """One row per head: layer, head, kv_head, roles as text, and m0, m1, ... the metrics in four significant digits (short keys: a key is
+    sent with every number).
+    """
+    columns = [run.table[name].to_numpy(dtype=np.float64) for name in metrics]
     rows = []
     for index, (layer, head, kv_head) in enumerate(zip(run.table["layer"], run.table["head"], run.table["kv_head"], strict=True)):
         row: dict[str, Any] = {"layer": int(layer), "head": int(head), "kv_head": int(kv_head)}
-        row["roles"] = ", ".join(role.replace("_", " ") for role in run.reasons[int(layer), int(head)])
-        for name, values in columns.items():
+        row["roles"] = ", ".join(run.reasons[int(layer), int(head)]).replace("_", " ")
+        for position, values in enumerate(columns):
             value = float(values[index])
-            row[name] = float(f"{value:.5g}") if np.isfinite(value) else None
+            row[f"m{position}"] = float(f"{value:.4g}") if np.isfinite(value) else None
         rows.append(row)
     return rows
 
@@ -52,18 +54,24 @@ def table_columns(run: Run, metrics: list[str]) -> list[dict[str, Any]]:
     for position, name in enumerate(metrics):
         metric = describe(run.card, name)
         column: dict[str, Any] = {
-            "field": name,
+            "field": f"m{position}",
             "headerName": metric.label,
             "headerTooltip": metric.meaning or metric.label,
             "filter": "agNumberColumnFilter",
             "type": "numericColumn",
             "width": 138,
             "valueFormatter": {"function": "params.value == null ? '' : d3.format('.4~g')(params.value)"},
+            "sort": "desc" if position == 0 else None,
+            "cellClass": "ag-right-aligned-cell cell-chosen" if position == 0 else "ag-right-aligned-cell",
         }
-        if position == 0:
-            column |= {"sort": "desc", "cellClass": "ag-right-aligned-cell cell-chosen"}
         numbers.append(column)
     return [*place, roles, *numbers]
+
+
+def table_note(run: Run, metrics: list[str]) -> str:
+    """What to know about the table."""
+    cut = "" if len(metrics) == len(run.metrics) else f"{len(metrics)} of {len(run.metrics)} metrics, the chosen one first; "
+    return f"{cut}click a row to open the head"
 
 
 def head_table(height: int = 380) -> Component:

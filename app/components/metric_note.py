@@ -24,7 +24,7 @@ def metric_note(run: Run, metric: Metric) -> Component:
     else:
         line.append(html.Span("no head has a value"))
     if metric.text:
-        line.append(html.Span(["on ", html.B(f"{metric.text} text")]))
+        line.append(html.Span(["on ", html.B(f"{metric.text.replace('_', ' ')} text")]))
     if metric.source:
         line.append(html.Span(["source ", html.B(metric.source)]))
     return html.Div([html.P(metric.meaning, className="note-meaning") if metric.meaning else None, html.P(line, className="note-line")])

@@ -20,7 +20,7 @@ def panel(title: Children, *children: Children, aside: Children = None, classNam
 
 def icon(name: str, className: str = "") -> Component:
     """An icon of assets/icons, in the colour of the text around it."""
-    return html.Span(className=f"icon icon-{name} {className}".strip(), **{"aria-hidden": "true"})
+    return html.Span(className=f"hs-icon icon-{name} {className}".strip(), **{"aria-hidden": "true"})
 
 
 def facts(*pairs: tuple[str, Children]) -> Component:

@@ -8,7 +8,7 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from headscope.app.components.panel import facts, tag
-from headscope.app.format import TIMES, count
+from headscope.app.format import TIMES, count, number, words
 from headscope.app.runs import Entry
 from headscope.app.urls import run_url
 
@@ -23,9 +23,14 @@ def shape_line(card: dict[str, Any]) -> str:
     return f"{line}, {count(int(kv_heads), 'KV head')}" if kv_heads and kv_heads != heads else line
 
 
+def measured_tokens(card: dict[str, Any]) -> int:
+    """Tokens of all texts together."""
+    return sum(int(row.get("sequences", 1)) * int(row.get("tokens", 0)) for row in card.get("data", []))
+
+
 def card_facts(card: dict[str, Any]) -> Component:
     """The whole card as a list of facts."""
-    model, machine = card.get("model", {}), card.get("machine", {})
+    model = card.get("model", {})
     parameters = model.get("parameters")
     seconds = card.get("seconds", {})
     total = seconds.get("total") or sum(value for value in seconds.values() if isinstance(value, int | float))
@@ -41,10 +46,11 @@ def card_facts(card: dict[str, Any]) -> Component:
         ("Attention", [html.Code(name, className="spaced") for name in card.get("attention_kernels", [])]),
         ("Statistics", _joined(card.get("statistics_kernel"), "kernel", sep=" ") if card.get("statistics_kernel") else None),
         ("Data", html.Ul([html.Li(_data_line(row)) for row in card.get("data", [])]) if card.get("data") else None),
+        ("Whole model", html.Ul([html.Li(f"{words(name)} {number(value)}") for name, value in card.get("numbers", {}).items()])),
         ("Took", f"{total:,.1f} s" if total else None),
-        ("Machine", _joined(machine.get("platform"), machine.get("device") or machine.get("gpu"), sep=", ")),
+        ("Machine", _machine_line(card.get("machine", {}))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in card.get("versions", {}).items())),
-        ("Made", str(card.get("created", "")).replace("T", " ").replace("Z", " UTC")[:23]),
+        ("Made", f"{card['created'][:16].replace('T', ' ')} UTC" if card.get("created") else None),
         ("headscope", card.get("headscope_version")),
     )
 
@@ -60,14 +66,13 @@ def entry_card(entry: Entry) -> Component:
             className="panel run-entry run-damaged",
         )
     card, model = entry.card, entry.card.get("model", {})
-    tokens = sum(int(row.get("tokens", 0)) for row in card.get("data", []))
     return dcc.Link(
         [
             html.Div([html.H2(model.get("name") or entry.id)], className="card-title"),
             html.P(shape_line(card), className="muted"),
             html.Div(
                 [
-                    tag(count(tokens, "token")),
+                    tag(count(measured_tokens(card), "token")),
                     tag(count(len(card.get("probes", [])), "probe")),
                     *[tag(kernel) for kernel in card.get("attention_kernels", [])],
                     tag(str(model.get("dtype", ""))),
@@ -81,8 +86,15 @@ def entry_card(entry: Entry) -> Component:
     )
 
 
+def _machine_line(machine: dict[str, Any]) -> str:
+    cpus, threads = machine.get("cpus"), machine.get("threads")
+    parts = [_joined(machine.get("system"), machine.get("architecture"), sep=" "), machine.get("gpu")]
+    parts += [count(int(cpus), "CPU") if cpus else None, count(int(threads), "thread") if threads else None]
+    return _joined(*parts, sep=", ")
+
+
 def _data_line(row: dict[str, Any]) -> list[Any]:
-    size = f"{count(int(row.get('sequences', 1)), 'sequence')}, {count(int(row.get('tokens', 0)), 'token')}"
+    size = f"{int(row.get('sequences', 1)):,} {TIMES} {count(int(row.get('tokens', 0)), 'token')}"
     return [html.Span(str(row.get("name", "data"))), html.Span(size, className="muted block")]
 
 

@@ -34,7 +34,7 @@ def shell() -> Component:
     return dmc.MantineProvider(
         [
             dcc.Location(id="nav", refresh="callback-nav"),
-            dcc.Store(id="scheme-now"),
+            dcc.Store(id="scheme-now", data=""),
             header(),
             html.Div(id="notice", className="notice", role="status"),
             html.Main(dash.page_container, className="page"),

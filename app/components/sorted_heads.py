@@ -8,7 +8,6 @@ import numpy as np
 
 from headscope.app import theme
 from headscope.app.figures import typed
-from headscope.app.format import number
 from headscope.app.metrics import Metric
 from headscope.app.runs import Run
 
@@ -23,10 +22,6 @@ def sorted_figure(run: Run, metric: Metric, roles: list[str], scheme: theme.Sche
     names = [(run.layers[layer], int(head)) for layer, head in zip(layers, heads, strict=True)]
     position = {name: rank for rank, name in enumerate(names, start=1)}
     palette = theme.PALETTES[scheme]
-    text = [
-        f"<b>Layer {layer} · Head {head}</b><br>{metric.label} <b>{number(value)}</b> · rank {rank}"
-        for rank, ((layer, head), value) in enumerate(zip(names, height, strict=True), start=1)
-    ]
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -34,8 +29,8 @@ def sorted_figure(run: Run, metric: Metric, roles: list[str], scheme: theme.Sche
             "x": typed(np.arange(1, len(names) + 1)),
             "y": typed(height.astype(np.float32)),
             "customdata": [list(name) for name in names],
-            "hovertext": text,
-            "hoverinfo": "text",
+            "hovertemplate": "<b>Layer %{customdata[0]} · Head %{customdata[1]}</b><br>"
+            f"{metric.label} <b>%{{y:.3~g}}</b> · rank %{{x}}<extra></extra>",
             "line": {"width": 1, "color": palette.line},
             "marker": {"size": 4, "color": palette.muted if roles else palette.accent, "opacity": 0.45 if roles else 0.9},
         }
@@ -54,7 +49,7 @@ def sorted_figure(run: Run, metric: Metric, roles: list[str], scheme: theme.Sche
                 "marker": {
                     "symbol": theme.role_symbol(index),
                     "color": theme.role_colour(index),
-                    "size": 8,
+                    "size": round(8 * theme.role_size(index), 1),
                     "line": {"width": 1, "color": palette.marker_edge},
                 },
             }

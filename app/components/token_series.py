@@ -12,11 +12,11 @@ import numpy as np
 
 from headscope.app import theme
 from headscope.app.figures import empty, typed
-from headscope.app.format import visible_token
+from headscope.app.format import number, visible_token
 from headscope.app.runs import Run
 from headscope.statistics import DEFINITIONS
 
-POINTS = 4096
+POINTS = 2048  # a plot is about 1,000 pixels wide, and each stretch keeps two
 PLOT_HEIGHT = 84
 _COLOURS = {"light": "#2c7a96", "dark": "#5cc3d8"}
 
@@ -66,8 +66,7 @@ def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
 
 def series_figure(run: Run, layer: int, head: int, names: list[str], scheme: theme.Scheme, token: int | None = None) -> dict[str, Any]:
     """Trace i is statistic i: x positions, y values; the plots share the x axis."""
-    tokens = run.tokens
-    base = theme.layout(scheme, margin={"l": 56, "r": 10, "t": 4, "b": 38}, hovermode="x", uirevision=f"{run.id}")
+    base = theme.layout(scheme, margin={"l": 56, "r": 10, "t": 24, "b": 38}, hovermode="x", uirevision=f"{run.id}")
     if not names:
         why = (
             "Choose a statistic to plot."
@@ -83,48 +82,27 @@ def series_figure(run: Run, layer: int, head: int, names: list[str], scheme: the
     length = 0
     for index, name in enumerate(names):
         values = values_of(run, name, layer, head)
-        kept = thin(values)
         length = values.size
-        number = "" if index == 0 else str(index + 1)
         top = 1 - index * (share + gap)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": label(name),
-                "x": typed(kept.astype(np.int32)),
-                "y": typed(values[kept]),
-                "text": [visible_token(tokens[position]) if tokens else "" for position in kept],
-                "hovertemplate": "%{y:.4~g}   <b>%{text}</b>  #%{x}<extra></extra>",
-                "line": {"width": 1.1, "color": _COLOURS[scheme]},
-                "yaxis": f"y{number}",
-                "connectgaps": False,
-            }
+        suffix = "" if index == 0 else str(index + 1)
+        traces.append(_line(run, name, values, scheme) | {"yaxis": f"y{suffix}"})
+        ceiling = plot_ceiling(values)
+        figure_layout[f"yaxis{suffix}"] = theme.axis(
+            scheme,
+            range=None if ceiling is None else [0, ceiling],
+            domain=[max(top - share, 0), top],
+            nticks=3,
+            showgrid=True,
+            gridcolor=palette.line,
+            tickformat="~g",
+            fixedrange=True,
         )
-        figure_layout[f"yaxis{number}"] = theme.axis(
-            scheme, domain=[max(top - share, 0), top], nticks=3, showgrid=True, gridcolor=palette.line, tickformat="~g", fixedrange=True
-        )
-        figure_layout["annotations"].append(
-            {
-                "text": f"<b>{label(name)}</b>",
-                "x": 0.004,
-                "y": top,
-                "xref": "paper",
-                "yref": "paper",
-                "xanchor": "left",
-                "yanchor": "top",
-                "showarrow": False,
-                "font": {"size": 11.5, "color": palette.text},
-                "bgcolor": _shade(palette.panel),
-                "borderpad": 2,
-            }
-        )
-    last = "y" if len(names) == 1 else f"y{len(names)}"
+        figure_layout["annotations"].append(_heading(name, values, ceiling, top, palette))
     figure_layout["xaxis"] = theme.axis(
         scheme,
         title="token position",
         range=[0, length],
-        anchor=last,
+        anchor="y" if len(names) == 1 else f"y{len(names)}",
         minallowed=0,
         maxallowed=length,
         showspikes=True,
@@ -138,9 +116,54 @@ def series_figure(run: Run, layer: int, head: int, names: list[str], scheme: the
     return {"data": traces, "layout": figure_layout}
 
 
+def _line(run: Run, name: str, values: np.ndarray, scheme: theme.Scheme) -> dict[str, Any]:
+    kept, tokens = thin(values), run.tokens
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": label(name),
+        "x": typed(kept.astype(np.int32)),
+        "y": typed(values[kept]),
+        "text": [visible_token(tokens[position]) if tokens else "" for position in kept],
+        "hovertemplate": "%{y:.4~g}   <b>%{text}</b>  #%{x}<extra></extra>",
+        "line": {"width": 1.1, "color": _COLOURS[scheme]},
+        "connectgaps": False,
+    }
+
+
+def _heading(name: str, values: np.ndarray, ceiling: float | None, top: float, palette: theme.Palette) -> dict[str, Any]:
+    text = f"<b>{label(name)}</b>"
+    if ceiling is not None:
+        text += f"   {number(float(np.nanmax(values)))} at #{int(np.nanargmax(values)):,}, above the axis"
+    return {
+        "text": text,
+        "x": 0.004,
+        "y": top,
+        "xref": "paper",
+        "yref": "paper",
+        "xanchor": "left",
+        "yanchor": "top",
+        "showarrow": False,
+        "font": {"size": 11.5, "color": palette.text},
+        "bgcolor": _shade(palette.panel),
+        "borderpad": 2,
+    }
+
+
+def plot_ceiling(values: np.ndarray) -> float | None:
+    """Where the axis ends when a few values dwarf all others (a sink token receives as much as all the rest): a little above the 99.5th
+    percentile. None where everything fits.
+    """
+    known = values[np.isfinite(values)]
+    if not known.size or known.min() < 0:
+        return None
+    usual = float(np.percentile(known, 99.5))
+    return 1.2 * usual if usual > 0 and float(known.max()) > 6 * usual else None
+
+
 def figure_height(plots: int) -> int:
     """Pixels for so many plots."""
-    return max(plots, 1) * PLOT_HEIGHT + 46
+    return max(plots, 1) * PLOT_HEIGHT + 62
 
 
 def chosen_token(token: int | None, colour: str) -> list[dict[str, Any]]:

@@ -22,6 +22,9 @@ from headscope.app.urls import home_url, run_url
 from headscope.errors import RunError
 
 TITLE = "Head · headscope"
+# Stores never hold null: Dash writes a null store once more when it appears, which counts as a change and draws everything twice.
+NO_TOKEN = -1
+WHOLE: list[int] = []
 
 
 def layout(run: str = "", layer: str = "", head: str = "", **query: object) -> Component:
@@ -47,8 +50,10 @@ def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Com
         [
             dcc.Store(id="run-id", data=run.id),
             dcc.Store(id="place", data=place),
-            dcc.Store(id="token", data=state.token),
-            dcc.Store(id="map-window", data=None if state.window is None else list(state.window)),
+            dcc.Store(id="token", data=NO_TOKEN if state.token is None else state.token),
+            dcc.Store(id="map-window", data=WHOLE if state.window is None else list(state.window)),
+            dcc.Store(id="token-picked", data=""),
+            dcc.Store(id="map-zoomed", data=""),
             dcc.Store(id="usual", data=usual(run)),
             html.Div(
                 [
@@ -88,19 +93,24 @@ def update_map(
 
 
 def zoom(relayout: dict[str, Any] | None, window: list[int] | None, run: str) -> Any:
-    """Callback: the window after a zoom; no update where the cells on the screen are already those of the right level."""
+    """The window that a zoom or a pan asks for, [] for all; no update where nothing about the axes changed."""
     opened = context.open_run(run)
-    tokens = opened.maps.tokens if opened.maps else 0
     try:
-        new = block_map.window_of(relayout, tokens)
+        new = block_map.window_of(relayout, opened.maps.tokens if opened.maps else 0)
     except (KeyError, TypeError, ValueError):
         return dash.no_update
-    old = None if window is None else (window[0], window[1], window[2], window[3])
-    whole = (0, tokens, 0, tokens)
-    levels = opened.levels
-    if old is None and new is not None and block_map.pick_level(levels, new) == block_map.pick_level(levels, whole):
-        return dash.no_update
-    return None if new is None else list(new)
+    found = WHOLE if new is None else list(new)
+    return dash.no_update if found == (window or WHOLE) else found
+
+
+def follow_zoom(relayout: dict[str, Any] | None, window: list[int] | None, run: str) -> Any:
+    """Callback: hands a new window to the map. `map-window` is set, not returned: an output counts as changed when a page opens, and the
+    map would be drawn twice.
+    """
+    new = zoom(relayout, window, run)
+    if new is not dash.no_update:
+        dash.set_props("map-window", {"data": new})
+    return dash.no_update
 
 
 def update_series(names: list[str] | None, token: int | None, scheme: str | None, run: str, place: Place) -> dict[str, Any]:
@@ -141,8 +151,8 @@ def register(app: dash.Dash) -> None:
         place,
         **once,
     )(update_map)
-    app.callback(Output("map-window", "data"), Input("map", "relayoutData"), State("map-window", "data"), run, **once)(zoom)
-    app.callback(Output("lines", "figure"), Input("series", "value"), token, scheme, run, place, **once)(update_series)
+    app.callback(Output("map-zoomed", "data"), Input("map", "relayoutData"), State("map-window", "data"), run, **once)(follow_zoom)
+    app.callback(Output("lines", "figure"), Input("series", "value"), token, scheme, run, place)(update_series)
     app.callback(
         Output("strip-data", "data"),
         Output("strip-legend", "children"),
@@ -154,7 +164,9 @@ def register(app: dash.Dash) -> None:
     )(update_strip)
     app.callback(Output("token-facts", "children"), token, run, place, **once)(update_token)
     app.clientside_callback(ClientsideFunction("headscope", "strip"), Output("strip", "lang"), Input("strip-data", "data"), token)
-    app.clientside_callback(ClientsideFunction("headscope", "pick_token"), Output("token", "data"), Input("lines", "clickData"), **once)
+    app.clientside_callback(
+        ClientsideFunction("headscope", "pick_token"), Output("token-picked", "data"), Input("lines", "clickData"), **once
+    )
     app.clientside_callback(
         ClientsideFunction("headscope", "map_tip"),
         Output("map-tip", "show"),

@@ -11,15 +11,16 @@ from dash.development.base_component import Component
 
 from headscope.app import context, theme
 from headscope.app.components.head_grid import SCALES, UNCOMMON, grid_figure
-from headscope.app.components.head_table import head_table, table_columns, table_metrics, table_rows
+from headscope.app.components.head_table import head_table, table_columns, table_metrics, table_note, table_rows
 from headscope.app.components.metric_note import metric_note
 from headscope.app.components.panel import control, panel, tag
 from headscope.app.components.role_leaders import role_leaders
 from headscope.app.components.role_legend import role_legend
-from headscope.app.components.run_card import card_facts, shape_line
+from headscope.app.components.run_card import card_facts, measured_tokens, shape_line
 from headscope.app.components.shell import crumbs
 from headscope.app.components.sorted_heads import sorted_figure
 from headscope.app.components.states import failure
+from headscope.app.format import count
 from headscope.app.metrics import default_metric, describe, grouped
 from headscope.app.runs import Run
 from headscope.app.urls import choice, choices, home_url
@@ -45,7 +46,7 @@ def layout(run: str = "", **query: object) -> Component:
     return html.Div(
         [
             dcc.Store(id="run-id", data=opened.id),
-            dcc.Store(id="heads-url"),
+            dcc.Store(id="heads-url", data=""),
             _title(opened),
             html.Div(
                 [
@@ -72,7 +73,6 @@ def draw(run: Run, metric: str, scale: str, roles: list[str], scheme: theme.Sche
 
 def _title(run: Run) -> Component:
     model = run.card.get("model", {})
-    tokens = sum(int(row.get("tokens", 0)) for row in run.card.get("data", []))
     return html.Div(
         [
             crumbs(("Runs", home_url()), (run.id, None)),
@@ -80,7 +80,7 @@ def _title(run: Run) -> Component:
             html.Div(
                 [
                     tag(shape_line(run.card)),
-                    tag(f"{tokens:,} tokens"),
+                    tag(count(measured_tokens(run.card), "token")),
                     *[tag(f"attention: {name}") for name in run.card.get("attention_kernels", [])],
                     tag(" on ".join(str(model[key]) for key in ("dtype", "device") if model.get(key))),
                 ],
@@ -128,7 +128,7 @@ def _grid_panel(
 
 
 def _table_panel(run: Run) -> Component:
-    return panel("Table", head_table(), aside=html.Span("click a row to open the head", className="muted"), id="table-panel")
+    return panel("Table", head_table(), aside=html.Span(id="table-note", className="muted"), id="table-panel")
 
 
 def update(
@@ -147,12 +147,12 @@ def update(
     )
 
 
-def fill_table(run: str, metric: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Callback: the table's rows and columns, after the first paint and when the metric changes."""
+def fill_table(run: str, metric: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    """Callback: the table's rows, columns and note, after the first paint and when the metric changes."""
     opened = context.open_run(run)
     first = choice({"metric": metric}, "metric", opened.metrics, default_metric(opened.metrics))
     metrics = table_metrics(opened, first)
-    return table_rows(opened, metrics), table_columns(opened, metrics)
+    return table_rows(opened, metrics), table_columns(opened, metrics), table_note(opened, metrics)
 
 
 def register(app: dash.Dash) -> None:
@@ -168,7 +168,13 @@ def register(app: dash.Dash) -> None:
         Input("scheme-now", "data"),
         prevent_initial_call=True,
     )(update)
-    app.callback(Output("table", "rowData"), Output("table", "columnDefs"), Input("run-id", "data"), Input("metric", "value"))(fill_table)
+    app.callback(
+        Output("table", "rowData"),
+        Output("table", "columnDefs"),
+        Output("table-note", "children"),
+        Input("run-id", "data"),
+        Input("metric", "value"),
+    )(fill_table)
     app.clientside_callback(
         ClientsideFunction("headscope", "heads_url"),
         Output("heads-url", "data"),

@@ -176,7 +176,7 @@ class Attachment:
             raise refusal(
                 CaptureError,
                 f"{record.name} ({type(module).__name__})",
-                f"it called attention {run.calls} times over {run.rows_seen} rows for an input of {run.rows}, so the rows have no one place",
+                f"it called attention {run.calls} times over {run.rows_seen} rows for an input of {run.rows}, so rows have no one place",
                 "this model cannot be measured yet",
             )
 

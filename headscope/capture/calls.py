@@ -63,9 +63,7 @@ def family_of(function: HostFunction, name: str, mask: Any) -> Family:
     return "eager" if name == "eager" else "dense"
 
 
-def build_call(
-    host: HostCall, module: nn.Module, run: ModuleRun, state: ForwardState, function: HostFunction, name: str
-) -> AttentionCall:
+def build_call(host: HostCall, module: nn.Module, run: ModuleRun, state: ForwardState, function: HostFunction, name: str) -> AttentionCall:
     """The AttentionCall of a host call. Raises CaptureError for what cannot be read exactly."""
     record = run.record
     _refuse_unreadable(host, record.name, function)
@@ -133,7 +131,9 @@ def _refuse_unreadable(host: HostCall, module: str, function: HostFunction) -> N
         if host.kwargs.get(name) is not None:
             raise refusal(CaptureError, f"{module} (called with {name}=)", why, "this model cannot be measured yet")
     if float(host.kwargs.get("dropout") or 0.0) > 0.0:
-        raise refusal(CaptureError, f"{module} with dropout {host.kwargs['dropout']}", "the weights would be random", "call model.eval() first")
+        raise refusal(
+            CaptureError, f"{module} with dropout {host.kwargs['dropout']}", "the weights would be random", "call model.eval() first"
+        )
     if getattr(function, "__name__", "") == "sdpa_attention_forward":
         for name, what in (("softcap", "soft cap"), ("s_aux", "sink logits")):
             if host.kwargs.get(name) is not None:
@@ -187,9 +187,7 @@ def _packed(kwargs: dict[str, Any], batch: int, rows: int, device: torch.device)
     return None if not bool(restarts.any()) else restarts.expand(batch, rows).to(device)
 
 
-def _mask(
-    host: HostCall, place: Place, family: Family, state: ForwardState, module: str, name: str, function: HostFunction
-) -> MaskFacts:
+def _mask(host: HostCall, place: Place, family: Family, state: ForwardState, module: str, name: str, function: HostFunction) -> MaskFacts:
     """The mask rule of each family."""
     mask = host.mask
     if mask is None:
@@ -205,7 +203,9 @@ def _mask(
         elif isinstance(mask, torch.Tensor):
             dense = from_tensor(mask, place.rows, place.keys)
         else:
-            raise refusal(CaptureError, f"{module}: a mask of type {type(mask).__name__}", "its meaning is unknown", "pass a tensor or a BlockMask")
+            raise refusal(
+                CaptureError, f"{module}: a mask of type {type(mask).__name__}", "its meaning is unknown", "pass a tensor or a BlockMask"
+            )
         found = state.masks[key] = (mask, recognise(dense, place))  # the mask is held so that its id stays its own
     return cast("MaskFacts", found[1])
 
@@ -241,7 +241,9 @@ def _key_mask(mask: Any, place: Place, module: str) -> Tensor:
     """[B, Nk] bool from the two-dimensional mask of flash attention (shorter than the keys of a static cache, which it cuts off)."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[1] < place.keys:
         shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise refusal(CaptureError, f"{module}: a flash attention mask {shape}", f"[B, {place.keys}] was expected", "pass a [B, N] padding mask")
+        raise refusal(
+            CaptureError, f"{module}: a flash attention mask {shape}", f"[B, {place.keys}] was expected", "pass a [B, N] padding mask"
+        )
     return mask[:, : place.keys].bool()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from headscope.errors import CaptureError, refusal
@@ -36,9 +37,7 @@ def discover(model: nn.Module) -> Topology:
     on_interface = [name for name, module in found if _on_interface(type(module))]
     # A wrapper around an attention module (BertAttention around BertSelfAttention) is not attention of its own.
     found = [
-        (name, module)
-        for name, module in found
-        if name in on_interface or not any(other.startswith(f"{name}.") for other, _ in found)
+        (name, module) for name, module in found if name in on_interface or not any(other.startswith(f"{name}.") for other, _ in found)
     ]
     if not on_interface:
         raise _nothing(model, [type(module).__name__ for _, module in found])
@@ -69,8 +68,8 @@ def _looks_like_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     if "attention" not in name and "attn" not in name:
         return False
-    projections = [child for child in module.children() if getattr(child, "weight", None) is not None and child.weight.dim() == 2]
-    if not projections:
+    weights = [getattr(child, "weight", None) for child in module.children()]
+    if not any(isinstance(weight, torch.Tensor) and weight.dim() == 2 for weight in weights):
         return False
     words: set[str] = set()
     for attribute in vars(type(module)).values():
@@ -86,7 +85,7 @@ def _nothing(model: nn.Module, classes: list[str]) -> CaptureError:
     return refusal(
         CaptureError,
         f"{type(model).__name__} ({seen})",
-        "its attention does not go through transformers' attention interface, so q, k and v cannot be read without forcing another implementation on the model",
+        "its attention does not go through transformers' attention interface, so its q, k and v cannot be read",
         "use a model whose attention does (most since transformers 4.48, e.g. Llama, Qwen, Mistral, Gemma, GPT-2, BERT, ViT, Whisper)",
     )
 

@@ -110,7 +110,11 @@ class ForwardState:
         named = {"key_value_states", "encoder_hidden_states"} & _parameters(module).keys()
         cross = record.kind == "cross" or bool(named and other is not None)
         hidden = given.get("hidden_states")
-        hidden = hidden if isinstance(hidden, torch.Tensor) else next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        hidden = (
+            hidden
+            if isinstance(hidden, torch.Tensor)
+            else next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        )
         cache = next((value for value in (*kwargs.values(), *args) if _is_cache(value)), None)
         offset, key_offset, static = 0, None, False
         if cross:

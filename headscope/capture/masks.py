@@ -109,7 +109,7 @@ def from_block_mask(mask: Any, rows: int, keys: int, device: torch.device | str)
     """A flex attention BlockMask, evaluated from its own mask function."""
     from torch.nn.attention.flex_attention import create_mask
 
-    batch, heads = (list(mask.shape) + [1, 1])[:2]
+    batch, heads = mask.shape[:2]
 
     def read(low: int, high: int) -> Tensor:
         def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -147,58 +147,6 @@ def recognise(mask: DenseMask, place: Place) -> MaskFacts:
     allowed = mask.whole()
     causal = _never(mask, place, lambda t, s: s > t)
     base = _facts(place, valid, rows_valid, causal=causal, window=None)
-    if base.key_valid is not None and bool((allowed & ~base.key_valid[:, None, None, :]).any()):
-        base = replace(base, key_valid=None)
-    return replace(base, allowed=allowed, bias=mask.bias)
-
-
-def visible(low: int, high: int) -> Tensor:
-        return mask[:, :, low:high] > floor
-
-    dense = DenseMask(shape, visible)
-    if any(bool((mask[:, :, low:high].masked_fill(~visible(low, high), 0) != 0).any()) for low, high in dense.blocks()):
-        dense.bias = mask.masked_fill(~(mask > floor), 0)
-    return dense
-
-
-def from_block_mask(mask: Any, rows: int, keys: int, device: torch.device | str) -> DenseMask:
-    """A flex attention BlockMask, evaluated from its own mask function."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    batch, heads = (list(mask.shape) + [1, 1])[:2]
-
-    def read(low: int, high: int) -> Tensor:
-        def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            out: Tensor = mask.mask_mod(b, h, q + low, k)
-            return out
-
-        return create_mask(shifted, batch, heads, high - low, keys, device=device)
-
-    return DenseMask((batch, heads, rows, keys), read)
-
-
-def plain(place: Place, causal: bool, window: int | None = None, key_valid: Tensor | None = None) -> MaskFacts:
-    """Facts of a call that has no mask matrix; `key_valid` [B, Nk] only where the kernel itself was told."""
-    valid = _absolute(place, key_valid)
-    return _facts(place, valid, causal=causal, window=window, hide_padding=key_valid is not None)
-
-
-def recognise(mask: DenseMask, place: Place) -> MaskFacts:
-    """Facts equal to a mask matrix; the matrix itself only when no facts are."""
-    valid = _validity(mask, place)
-    windows: list[int | None] = [None, *dict.fromkeys(place.windows)]
-    if mask.shape[1] == 1:
-        for causal, window, packed in product((place.causal, not place.causal), windows, (False, True)):
-            if packed and (place.segments is None or place.cross):
-                continue
-            facts = _facts(place, valid, causal=causal, window=window, hide_padding=True)
-            if packed:
-                facts = replace(facts, query_segments=place.segments, key_segments=place.segments)
-            if _equal(mask, facts, place):
-                return replace(facts, bias=mask.bias)
-    allowed = mask.whole()
-    causal = _never(mask, place, lambda t, s: s > t)
-    base = _facts(place, valid, causal=causal, window=None, hide_padding=True)
     if base.key_valid is not None and bool((allowed & ~base.key_valid[:, None, None, :]).any()):
         base = replace(base, key_valid=None)
     return replace(base, allowed=allowed, bias=mask.bias)

@@ -69,6 +69,13 @@ class Observer:
 
     def observe(self, call: AttentionCall, output: Tensor, host: HostCall, run: ModuleRun, state: ForwardState) -> None:
         """Measure one call and put it where it belongs."""
+        if run.calls and (call.mask.causal or run.cache is not None or call.is_cross):
+            raise refusal(
+                CaptureError,
+                f"{call.module} (layer {call.layer})",
+                "it calls attention several times for the same tokens (as differential attention does), so its heads have no one pattern",
+                "this model cannot be measured yet",
+            )
         if self.verify:
             kind = signature(call)
             if kind not in self._checked:
@@ -116,7 +123,7 @@ class Observer:
         current = self._sequences[-1] if self._sequences else None
         if current is not None and current.forward == state.number:
             last = current.serials.get(call.module)
-            if last is not None and last != run.serial and not self._joins(call):
+            if last is not None and last != run.serial:
                 raise refusal(
                     CaptureError,
                     f"{call.module} (layer {call.layer})",
@@ -127,13 +134,13 @@ class Observer:
             return current
         if current is not None and self._continues(current, call, run):
             current.forward = state.number
+            self._take_waiting(current)
         else:
-            current = self._new_sequence(run, state)
+            current = Sequence(cache=cache_reference(run.cache), forward=state.number)
+            self._take_waiting(current)
+            self._sequences.append(current)
         current.serials = {call.module: run.serial}
         return current
-
-    def _joins(self, call: AttentionCall) -> bool:
-        return False
 
     def _continues(self, current: Sequence, call: AttentionCall, run: ModuleRun) -> bool:
         """True when a call goes on with a sequence; False when it starts another. Raises CaptureError when it does neither."""
@@ -149,18 +156,23 @@ class Observer:
         if batch != call.q.shape[0]:
             why = f"a batch of {batch} became {call.q.shape[0]} in the middle of a sequence"
         elif end is not None and call.query_offset < end:
-            why = f"rows from position {call.query_offset} on were measured before: the cache was cropped (assisted decoding takes tokens back)"
+            why = f"rows from {call.query_offset} on were measured before: the cache was cropped (assisted decoding does that)"
         else:
             why = f"rows {end}..{call.query_offset - 1} of the same cache were not seen: they ran outside of the observation"
         raise refusal(CaptureError, repr(call), why, "observe plain greedy decoding or sampling, or capture the finished text in one pass")
 
-    def _new_sequence(self, run: ModuleRun, state: ForwardState) -> Sequence:
-        sequence = Sequence(cache=cache_reference(run.cache), forward=state.number)
-        if self._waiting.layers:
-            sequence.layers |= self._waiting.layers
-            self._waiting = Sequence()
-        self._sequences.append(sequence)
-        return sequence
+    def _take_waiting(self, sequence: Sequence) -> None:
+        """What towers and encoders gave before this call of the main stack belongs to its sequence."""
+        for name, layer in self._waiting.layers.items():
+            if name in sequence.layers:
+                raise refusal(
+                    CaptureError,
+                    f"{name}",
+                    "it ran again in the middle of a cached sequence (a second image in a chat?), so its positions have no one place",
+                    "observe each turn in its own `with` block, or all images in one pass",
+                )
+            sequence.layers[name] = layer
+        self._waiting = Sequence()
 
     def _side_sequence(self, call: AttentionCall, run: ModuleRun, state: ForwardState) -> Sequence:
         """Where a tower's call waits: with the others of its forward pass; a tower that runs again by itself is another sequence."""

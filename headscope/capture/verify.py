@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from headscope.call import AttentionCall
 
 ROWS = 8
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-"""Largest error of a row's output, relative to the row's length (Euclidean). The reading errors looked for are of order 1."""
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest error of a row's output, relative to the row's length (Euclidean); float32 on a GPU may run in TF32 and gets 2e-3. Errors of
+reading are of order 1; those of a float64 model are its eager softmax's, which runs in float32."""
 
 
 def signature(call: AttentionCall) -> tuple[object, ...]:
@@ -44,6 +45,7 @@ def as_heads(output: Tensor, call: AttentionCall) -> Tensor:
     return output.reshape(batch, rows, heads, -1)
 
 
+@torch.no_grad()
 def check_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) -> None:
     """Compare a few rows of the host's output [B, Nq, Hq, Dv] with ours. Raises CaptureError when they differ."""
     from headscope.kernels import attention_rows
@@ -57,10 +59,12 @@ def check_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) ->
     counted &= ~ours.isnan().any(-1).any(-1)  # rows that see no key have no output to agree on
     if not bool(counted.any()):
         return
-    length = theirs.norm(dim=-1)
+    length = theirs.norm(dim=-1).masked_fill(~counted[..., None], 0.0)
     error = (ours - theirs).norm(dim=-1) / (length + 0.05 * length.mean() + 1e-30)
     worst = torch.where(counted[..., None], error, error.new_zeros(())).nan_to_num(nan=float("inf")).max()
     limit = TOLERANCE.get(call.q.dtype, 6e-2)
+    if call.q.is_cuda and call.q.dtype == torch.float32:
+        limit = 2e-3
     if float(worst) <= limit:
         return
     named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "none"

@@ -29,7 +29,8 @@ def capture(
 
         result = run_gpu()
     else:
-        from headscope.bench.capture_cpu import WAYS, run as run_cpu
+        from headscope.bench.capture_cpu import WAYS
+        from headscope.bench.capture_cpu import run as run_cpu
 
         ways = tuple(name.strip() for name in only.split(",")) if only else WAYS
         result = run_cpu(model, tokens=tokens, repeats=repeats, limit_gib=limit_gib, ways=ways, say=say)

@@ -59,7 +59,11 @@ def doctor(
         table("machine", ["what", "value"], report["machine"].items())
         check = report["check"]
         rows = [(name, f"{error:.1e}") for name, error in check["errors"].items()]
-        table(f"captured against eager attention: {check['model']}, {check['tokens']} tokens, {check['dtype']}", ["statistic", "max error"], rows)
+        table(
+            f"captured against eager attention: {check['model']}, {check['tokens']} tokens, {check['dtype']}",
+            ["statistic", "max error"],
+            rows,
+        )
         print("ok" if ok else "NOT OK")
     if not ok:
         say("captured statistics differ from eager attention by more than rounding: do not trust numbers from this setup")

@@ -17,7 +17,9 @@ def profile(
     out: Annotated[Path, typer.Option(help="Run directory to write.")],
     probes: Annotated[str, typer.Option(help="Probes by name, comma-separated, or 'passive'.")] = "passive",
     context: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
-    data: Annotated[Path | None, typer.Option(help="Your text: a .txt file, or .jsonl with a 'text' field. Default: bundled prose.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Your text: a .txt file, or .jsonl with a 'text' field. Default: bundled prose.")
+    ] = None,
     texts: Annotated[int, typer.Option(help="How many texts of that length to average over.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: float32 on a CPU, else the checkpoint's.")] = None,
@@ -30,7 +32,12 @@ def profile(
 ) -> None:
     """Profile every head of a model and write a run directory."""
     if out.exists() and not overwrite:
-        raise refusal(RunError, f"--out {out}", "it exists already, and a run is never written over silently", "choose another path, or pass --overwrite")
+        raise refusal(
+            RunError,
+            f"--out {out}",
+            "it exists already, and a run is never written over silently",
+            "choose another path, or pass --overwrite",
+        )
     import headscope as hs
 
     names = probes if probes in {"passive", "all"} else [name.strip() for name in probes.split(",") if name.strip()]

@@ -2,7 +2,7 @@
 
 A head's numbers depend on the length of the text (mean distance and entropy grow with it), so a profile is made at one exact length and
 never on "up to N tokens". Text that is too short is refused; it is not repeated to fill the length, since a repeated text would light up
-every copying head. The bundled essays are original prose written for headscope, about 9,700 tokens of SmolLM2 in all, which is enough for
+every copying head. The bundled essays are original prose written for headscope, about 9,050 tokens of SmolLM2 in all, which is enough for
 contexts up to 8,192.
 """
 
@@ -91,6 +91,12 @@ def natural_texts(tokenizer: Any, tokens: int, *, texts: int = 1, data: TextData
         f"{len(found)} of them have {tokens} tokens and {texts} are needed (the longest has {longest})",
         "ask for a shorter context or fewer texts",
     )
+
+
+def check_data(data: TextData) -> None:
+    """Raises DataError when the user's data cannot be read or holds no text, before anything is tokenized."""
+    if data is not None and not isinstance(data, torch.Tensor):
+        _documents(data)
 
 
 def _bundled_texts(tokenizer: Any, tokens: int, texts: int) -> list[NaturalText]:

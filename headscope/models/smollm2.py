@@ -59,7 +59,8 @@ def convert(payload: Path, out: Path) -> None:
     try:
         model.save_pretrained(out)
     except SafetensorError as error:
-        raise refusal(ModelError, f"converted model in {out}", str(error), "free some disk space, or set HEADSCOPE_CACHE") from error
+        why = f"it cannot be written ({error}); nothing was kept"
+        raise refusal(ModelError, "converted SmolLM2", why, "free some disk space, or set HEADSCOPE_CACHE to a larger disk") from error
     tokenizer.model_max_length = SHAPE["max_position_embeddings"]
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(out)

@@ -50,7 +50,8 @@ class Comparison:
                 "spearman": row.spearman,
                 "pearson": row.pearson,
                 "overlap": row.overlap,
-                "most_changed": ", ".join(f"{layer}.{head} ({b - a:+.2f})" for layer, head, a, b in row.changes[:3] if b != a) or "none",
+                "most_changed": ", ".join(f"{layer}.{head} ({_difference(b - a)})" for layer, head, a, b in row.changes[:3] if b != a)
+                or "none",
             }
             for row in self.metrics.values()
         ]
@@ -159,6 +160,10 @@ def _notes(first: HeadProfile, second: HeadProfile) -> list[str]:
         if a != b:
             notes.append(f"{name} is {a} and {b}")
     return notes
+
+
+def _difference(value: float) -> str:
+    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.0f}"
 
 
 def _cell(value: Any) -> str:

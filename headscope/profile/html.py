@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 COLOURS = {
     "induction": "#d1495b",
-    "retrieval_like": "#edae49",
     "duplicate_token": "#8d6b94",
     "previous_token": "#2e86ab",
     "uniform": "#66a182",
     "receiver": "#00798c",
     "sink": "#30475e",
+    "retrieval_like": "#edae49",
     "local": "#9bb1c8",
     "streaming": "#c3cbd6",
     "global": "#6c757d",
 }
-"""A colour per role, the more specific role first: a head is drawn in the first one that it has."""
+"""A colour per role, the more specific role first and quotas late: a head is drawn in the first one that it has."""
 
 NONE = "#eef0f3"
 
@@ -45,7 +45,7 @@ def profile_html(profile: HeadProfile) -> str:
         cells = (f"{dot} {html.escape(role)}", str(profile.count(role)), html.escape(names), html.escape(why))
         rows.append("<tr>" + "".join(f"<td style='text-align:left;padding:2px 10px'>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th style='text-align:left;padding:2px 10px'>{name}</th>" for name in ("role", "heads", "strongest", "why the first"))
-    table = f"<table style='border-collapse:collapse'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f"<table style='border-collapse:collapse;font-size:13px'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return (
         "<div style='font-family:system-ui,sans-serif;font-size:13px'>"
         f"<p style='margin:0 0 6px'><b>{html.escape(repr(profile))}</b></p>"

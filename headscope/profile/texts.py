@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headscope.data import natural_texts
+from headscope.data import check_data, natural_texts
 from headscope.errors import DataError, ProbeError, refusal
 from headscope.probes.text import (
     MIN_BLOCK,
@@ -30,6 +30,8 @@ def build_texts(
     scope: Scope, kind: TextKind, *, context: int, data: TextData, texts: int, seed: int, repeats: int, beyond_context: bool
 ) -> list[ProbeText]:
     """`texts` texts of one kind; text i is drawn with seed + i. DataError or ProbeError when they cannot be made."""
+    if kind == "natural":
+        check_data(data)
     check_context(scope, context, beyond_context)
     if kind == "natural":
         tokenizer = getattr(scope, "tokenizer", None)

@@ -12,7 +12,7 @@ the first. A piece whose rows do not start where the last one ended is refused h
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,12 +21,12 @@ from headscope.errors import CaptureError, refusal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headscope.call import AttentionCall
+    from headscope.call import AttentionCall, MaskFacts
     from headscope.statistics.partial import PartialStatistics
     from headscope.statistics.request import StatisticsRequest
 
 LARGE = 1 << 16
-"""Row tensors of at least this many numbers go to the CPU at once; smaller ones (decode rows) wait for `finish`, to spare a transfer each."""
+"""Row tensors of at least this many numbers go to the CPU at once; smaller ones (decode rows) wait for `finish`: fewer transfers."""
 
 
 class Grid:
@@ -48,9 +48,9 @@ class Grid:
         if any(want > have for want, have in zip(self.size, capacity, strict=True)):
             grown = [max(want, have if want <= have else 2 * have) for want, have in zip(self.size, capacity, strict=True)]
             larger = self.data.new_zeros(*self.data.shape[:-count], *grown)
-            larger[(..., *(slice(length) for length in capacity))] = self.data
+            larger[_cells(*((0, length) for length in capacity))] = self.data
             self.data = larger
-        cells = self.data[(..., *(slice(o, o + n) for o, n in zip(offsets, piece.shape[-count:], strict=True)))]
+        cells = self.data[_cells(*zip(offsets, piece.shape[-count:], strict=True))]
         piece = piece.to(cells.device)
         if self.how == "add":
             cells += piece
@@ -61,7 +61,12 @@ class Grid:
         """The cells placed so far, on the CPU."""
         if self.data is None:
             raise RuntimeError("no piece was placed")
-        return self.data[(..., *(slice(length) for length in self.size))].to("cpu").contiguous()
+        return self.data[_cells(*((0, length) for length in self.size))].to("cpu").contiguous()
+
+
+def _cells(*spans: tuple[int, int]) -> Any:
+    """An index for the last dimensions, from (first cell, number of cells) each."""
+    return (..., *(slice(first, first + count) for first, count in spans))
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +105,7 @@ class Kept:
         return out
 
 
-def _mask_to_cpu(call: AttentionCall):  # type: ignore[no-untyped-def]
+def _mask_to_cpu(call: AttentionCall) -> MaskFacts:
     names = ("key_valid", "query_valid", "query_segments", "key_segments", "allowed", "bias")
     tensors = {name: getattr(call.mask, name) for name in names}
     return replace(call.mask, **{name: value.detach().to("cpu") for name, value in tensors.items() if value is not None})
@@ -146,6 +151,8 @@ class LayerAccumulator:
             self._rows.setdefault(name, []).append(value.to("cpu") if value.numel() >= LARGE else value)
         for name, value in {**partial.columns, **partial.counts}.items():
             self._grid(name, "add").place(value, partial.key_offset)
+        if partial.counts and call.mask.causal and call.key_offset:
+            self._count_for_dropped_keys(call)
         block = self.request.block
         for name, value in partial.maps.items():
             if name == "segment_mass":
@@ -162,6 +169,21 @@ class LayerAccumulator:
         if self.kept is not None:
             call.facts["kept_keys"] = call.k.shape[2]
             self.kept.add(call, partial.rows["lse"])
+
+    def _count_for_dropped_keys(self, call: AttentionCall) -> None:
+        """Rows also count for the keys that a sliding cache has dropped before this call: those are earlier, only out of sight."""
+        from headscope.kernels.counts import eligible_rows, row_counts
+
+        batch, _, rows, _ = call.q.shape
+        dropped = call.k.new_empty(1).expand(batch, 1, call.key_offset, 1)
+        counting = eligible_rows(call, self.request)
+        if counting is None:
+            counting = torch.ones(batch, rows, dtype=torch.bool, device=call.q.device)
+        before = replace(call, k=dropped, key_offset=0, mask=replace(call.mask, key_valid=None))
+        real = self.valid[:, : call.key_offset]
+        real[:, : self.start] = True
+        for name, value in row_counts(before, self.request, counting).items():
+            self._grid(name, "add").place(value * real.to(value.device), 0)
 
     def _grid(self, name: str, how: Literal["add", "max"]) -> Grid:
         return self._grids.setdefault(name, Grid(how))
@@ -181,6 +203,8 @@ class LayerAccumulator:
     @property
     def valid(self) -> Tensor:
         """[B, N] bool: the row was measured and is a real token; False before `start`."""
+        if len(self._valid) > 1:
+            self._valid = [torch.cat(self._valid, 1)]
         return torch.cat([torch.zeros(self.batch, self.start, dtype=torch.bool), *self._valid], 1)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -46,25 +46,39 @@ _TABLE = (
     Definition("distance_sq", "row", 1, "sum_s A (t - s)^2", "tokens^2", "second moment of the distance"),
     Definition("waad", "row", 1, "sum_s A min(|t - s|, W)", "tokens", "windowed average attention distance", ("waad_window",)),
     Definition("sink_mass", "row", 1, "sum_{s < first + k0} A", "probability", "weight on the first k0 real tokens", ("sink_tokens",)),
-    Definition("local_mass", "row", 1, "sum_{|t - s| < w} A", "probability", "weight on the w nearest keys, self included", ("local_window",)),
+    Definition(
+        "local_mass", "row", 1, "sum_{|t - s| < w} A", "probability", "weight on the w nearest keys, self included", ("local_window",)
+    ),
     Definition("sink_logit_mass", "row", 1, "exp(sink logit - lse)", "probability", "weight that a learned sink logit takes from the row"),
     Definition("class_mass", "row_class", 1, "sum_{label(s) = c} A", "probability", "weight on the keys of each label", ("labels",)),
     Definition("column_sum", "column", 2, "sum_t A", "probability", "weight that a key receives from all rows that count"),
-    Definition("sink_importance", "column", 2, "sum_t A / #{t >= s}", "probability", "mean weight that a key receives from itself and later rows"),
-    Definition("fai", "column", 2, "mean_{s+lo <= t <= s+hi} A", "probability", "future attention influence; NaN where the band is empty", ("fai_band",)),
+    Definition(
+        "sink_importance", "column", 2, "sum_t A / #{t >= s}", "probability", "mean weight that a key receives from itself and later rows"
+    ),
+    Definition(
+        "fai",
+        "column",
+        2,
+        "mean_{s+lo <= t <= s+hi} A",
+        "probability",
+        "future attention influence; NaN where the band is empty",
+        ("fai_band",),
+    ),
     Definition("block_mass", "map", 2, "sum over the block of A", "probability", "weight per block of queries and keys", ("block",)),
     Definition("block_max", "map", 2, "max over the block of A", "probability", "largest weight per block of queries and keys", ("block",)),
-    Definition("segment_mass", "map", 2, "sum over the segment pair of A", "probability", "weight per pair of text segments", ("segments",)),
-    Definition("diagonal_sum", "diagonal", 2, "sum_t A[t, t - d]", "probability", "weight at each distance d; bidirectional: index d + N - 1"),
+    Definition(
+        "segment_mass", "map", 2, "sum over the segment pair of A", "probability", "weight per pair of text segments", ("segments",)
+    ),
+    Definition(
+        "diagonal_sum", "diagonal", 2, "sum_t A[t, t - d]", "probability", "weight at each distance d; bidirectional: index d + N - 1"
+    ),
     Definition("pairs", "pairs", 2, "A[t, s]", "probability", "exact weights at chosen (query, key) places", ("pairs",)),
 )
 
 DEFINITIONS: dict[str, Definition] = {row.name: row for row in _TABLE}
 """Every statistic by name, in the order of the table."""
 
-PASSIVE = tuple(
-    name for name in DEFINITIONS if name not in {"sink_logit_mass", "class_mass", "segment_mass", "pairs", "diagonal_sum"}
-)
+PASSIVE = tuple(name for name in DEFINITIONS if name not in {"sink_logit_mass", "class_mass", "segment_mass", "pairs", "diagonal_sum"})
 """What needs nothing but the text: the default of a capture."""
 
 

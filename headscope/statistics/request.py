@@ -55,16 +55,22 @@ class StatisticsRequest:
         _positive("local_window", self.local_window)
         _positive("waad_window", self.waad_window)
         if self.block < 16 or self.block & (self.block - 1):
-            raise refusal(StatisticError, f"block={self.block}", "a map's block is a power of two, 16 or more", "use 16, 32, 64, 128 or 256")
+            raise refusal(
+                StatisticError, f"block={self.block}", "a map's block is a power of two, 16 or more", "use 16, 32, 64, 128 or 256"
+            )
         lo, hi = self.fai_band
         if lo < 0 or (hi is not None and hi < lo):
-            raise refusal(StatisticError, f"fai_band={self.fai_band}", "the band is 0 <= lo <= hi", "use (10, 50), or (0, None) for to-the-end")
+            raise refusal(
+                StatisticError, f"fai_band={self.fai_band}", "the band is 0 <= lo <= hi", "use (10, 50), or (0, None) for to-the-end"
+            )
         for name, need in (("class_mass", "labels"), ("segment_mass", "segments"), ("pairs", "pairs")):
             value = getattr(self, need)
             if name in self.names and (value is None or (isinstance(value, dict) and not value)):
                 raise refusal(StatisticError, f"statistic {name!r}", f"it is defined by {need}, and none were given", f"pass {need}=...")
         if isinstance(self.keep, str) and self.keep != "all":
-            raise refusal(StatisticError, f"keep={self.keep!r}", "it is neither 'all' nor a list of layers", "pass keep='all' or keep=(0, 5)")
+            raise refusal(
+                StatisticError, f"keep={self.keep!r}", "it is neither 'all' nor a list of layers", "pass keep='all' or keep=(0, 5)"
+            )
 
     @property
     def sweeps(self) -> frozenset[int]:

@@ -192,10 +192,14 @@ class HeadStatistics:
         definition(name)
         only = self._single(f"one {name!r}")
         if name == "pairs":
-            raise refusal(StatisticError, "stats['pairs']", "pairs have names of their own", f"use stats.pairs(name) with one of {list(only._pairs)}")
+            raise refusal(
+                StatisticError, "stats['pairs']", "pairs have names of their own", f"use stats.pairs(name) with one of {list(only._pairs)}"
+            )
         if name not in only.request.names:
             have = ", ".join(only.names)
-            raise StatisticError(f"statistic {name!r} was not measured: it was not asked for; add it to statistics=[...] (measured: {have})")
+            raise StatisticError(
+                f"statistic {name!r} was not measured: it was not asked for; add it to statistics=[...] (measured: {have})"
+            )
         return LayerTensors(name, only._values.get(name, {}), only.topology)
 
     def __contains__(self, name: object) -> bool:
@@ -206,7 +210,12 @@ class HeadStatistics:
         only = self._single(f"one table of pairs {name!r}")
         if name not in only._pairs:
             if "pairs" not in only.request.names:
-                raise refusal(StatisticError, f"pairs {name!r}", "none were asked for", "capture with statistics=['pairs'] and pairs={name: (queries, keys)}")
+                raise refusal(
+                    StatisticError,
+                    f"pairs {name!r}",
+                    "none were asked for",
+                    "capture with statistics=['pairs'] and pairs={name: (queries, keys)}",
+                )
             raise unknown_name(StatisticError, "pairs", name, only._pairs)
         return LayerTensors(name, only._pairs[name], only.topology)
 
@@ -257,16 +266,25 @@ class HeadStatistics:
         module = only.topology[layer]
         kept = only._kept.get(module.name)
         if kept is None:
-            raise refusal(StatisticError, f"weights of layer {layer!r}", "its q and k were not kept", f"capture with keep=({layer!r},) or keep='all'")
+            raise refusal(
+                StatisticError, f"weights of layer {layer!r}", "its q and k were not kept", f"capture with keep=({layer!r},) or keep='all'"
+            )
         if not 0 <= head < module.heads:
-            raise refusal(StatisticError, f"head {head} of layer {layer!r}", f"the layer has heads 0..{module.heads - 1}", "pass one of them")
+            raise refusal(
+                StatisticError, f"head {head} of layer {layer!r}", f"the layer has heads 0..{module.heads - 1}", "pass one of them"
+            )
         rows, columns = torch.as_tensor(queries).long().reshape(-1), torch.as_tensor(keys).long().reshape(-1)
         calls = kept.restored()
         first, last = calls[0][0].query_offset, calls[-1][0].query_offset + calls[-1][0].q.shape[2]
         end = kept.start if kept.end is None else kept.end
         for what, at, low, high in (("query", rows, first, last), ("key", columns, 0, end)):
             if at.numel() and (int(at.min()) < low or int(at.max()) >= high):
-                raise refusal(StatisticError, f"{what} positions {int(at.min())}..{int(at.max())}", f"kept are {low}..{high - 1}", "pass positions among those")
+                raise refusal(
+                    StatisticError,
+                    f"{what} positions {int(at.min())}..{int(at.max())}",
+                    f"kept are {low}..{high - 1}",
+                    "pass positions among those",
+                )
         batch = calls[0][0].q.shape[0]
         out = torch.zeros(batch, len(rows), len(columns), dtype=calls[0][1].dtype)
         for call, lse in calls:
@@ -282,7 +300,12 @@ class HeadStatistics:
         if len(passes) == 1:
             return passes[0]
         if not passes:
-            raise refusal(StatisticError, what, f"nothing was measured: {self._why_empty}", "run the scoped model inside `with scope.observe()` and read the statistics after the block")
+            raise refusal(
+                StatisticError,
+                what,
+                f"nothing was measured: {self._why_empty}",
+                "run the scoped model inside `with scope.observe()` and read the statistics after the block",
+            )
         raise refusal(StatisticError, what, f"{len(passes)} sequences were observed", "read them one by one: stats.passes[i]")
 
     def _fill(self, passes: list[HeadStatistics], why_empty: str = "") -> None:
@@ -302,7 +325,8 @@ class HeadStatistics:
             return f"HeadStatistics({len(passes)} sequences, {len(self.names)} statistics, kernels={sorted(self.kernels)})"
         one = passes[0]
         batch, length = (0, 0) if not one._valid else tuple(one.valid.shape)
-        return f"HeadStatistics({len(one._modules)} layers, {batch} x {length} positions, {len(self.names)} statistics, kernels={sorted(self.kernels)})"
+        size = f"{len(one._modules)} layers, {batch} x {length} positions, {len(self.names)} statistics"
+        return f"HeadStatistics({size}, kernels={sorted(self.kernels)})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self._html()}

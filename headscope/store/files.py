@@ -106,12 +106,12 @@ def read_heads(path: Path) -> pd.DataFrame:
     return readable(path, read, (OSError, ValueError, KeyError, TypeError, pa.ArrowException))
 
 
-def write_statistics(path: Path, arrays: dict[str, np.ndarray], layers: tuple[int, ...]) -> None:
-    """statistics.safetensors."""
+def write_statistics(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """statistics.safetensors. One metadata key only: with several their order, and so the checksum, would change from run to run."""
     from safetensors.numpy import save_file
 
     contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    save_file(contiguous, str(path), metadata={"schema_version": str(SCHEMA_VERSION), "layers": json.dumps(list(layers))})
+    save_file(contiguous, str(path), metadata={"schema_version": str(SCHEMA_VERSION)})
 
 
 class StatisticsReader:

@@ -1,8 +1,8 @@
 """Pyramids of block maps, exact at every level, in zarr v3.
 
 A cell of level z + 1 is the sum (block_mass) or the maximum (block_max) of its four cells in level z, so what a zoomed-out view shows is
-true and not an average of averages. One chunk per layer and head: a page that shows one head reads one chunk. The chunks of a layer are
-kept together in one file (a shard), since thousands of small files make a run slow to copy.
+true and not an average of averages. One chunk per layer and head: a page that shows one head reads one chunk. The chunks of as many layers
+as make up SHARD_BYTES are kept in one file, since thousands of small files make a run slow to write and to copy.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from headscope.store.schema import SCHEMA_VERSION, check_version
 
 COARSEST = 8
 """A level is halved as long as it has more cells a side than this."""
+
+SHARD_BYTES = 32 * 2**20
+"""Layers that share a file, at most this much before compression (one layer at least)."""
 
 
 def build_pyramid(finest: np.ndarray, plane: str) -> list[np.ndarray]:
@@ -54,12 +57,14 @@ def write_maps(folder: Path, pyramids: dict[str, list[np.ndarray]], info: MapInf
     )
     for plane in info.planes:
         for level, values in enumerate(pyramids[plane]):
-            _, heads, rows, columns = values.shape
+            layers, heads, rows, columns = values.shape
+            together = min(layers, max(1, SHARD_BYTES // (heads * rows * columns * 4)))
             array = group.create_array(
                 f"{plane}/{level}",
                 shape=values.shape,
                 chunks=(1, 1, rows, columns),
-                shards=(1, heads, rows, columns),
+                shards=(together, heads, rows, columns),
+                chunk_key_encoding={"name": "default", "separator": "."},
                 dtype="float32",
                 compressors=ZstdCodec(level=1),
                 fill_value=0.0,
@@ -76,7 +81,7 @@ class MapReader:
         self.folder = folder
         try:
             self._group: Any = zarr.open_group(str(folder), mode="r", zarr_format=3)
-            attributes = dict(self._group.attrs)
+            attributes: dict[str, Any] = dict(self._group.attrs)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise refusal(RunError, str(folder), f"it cannot be opened ({one_line(error)})", "write the run again") from error
         check_version(attributes.get("schema_version"), folder)
@@ -94,6 +99,10 @@ class MapReader:
     def heads(self, plane: str, level: int) -> int:
         """Heads per layer in the arrays."""
         return int(self._group[f"{plane}/{level}"].shape[1])
+
+    def file(self, plane: str, index: int, level: int) -> str:
+        """The file, relative to the group, that holds the layer at `index`."""
+        return f"{plane}/{level}/c.{index // int(self._group[f'{plane}/{level}'].shards[0])}.0.0.0"
 
     def read(self, plane: str, index: int, head: int, level: int) -> np.ndarray:
         """[n, n] float32 of the layer at `index`."""

@@ -34,7 +34,7 @@ def write_run(
         files.write_heads(folder / HEADS, heads)
         if content is not None:
             if content.arrays:
-                files.write_statistics(folder / STATISTICS, content.arrays, content.layers)
+                files.write_statistics(folder / STATISTICS, content.arrays)
             if content.tokens is not None:
                 files.write_tokens(folder / TOKENS, content.tokens)
             if content.maps is not None:

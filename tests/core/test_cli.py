@@ -81,8 +81,8 @@ def one_line(code: int, err: str) -> str:
 
 def test_profile_writes_a_run_and_prints_json(headscope, model_directory, tmp_path):
     out = tmp_path / "run"
-    code, printed, _ = headscope("profile", model_directory, "--out", out, "--context", 160, "--json")
-    assert code == 0
+    code, printed, err = headscope("profile", model_directory, "--out", out, "--context", 160, "--json")
+    assert code == 0, err
     result = json.loads(printed)
     assert result["card"]["model"]["layers"] == 2
     assert result["card"]["model"]["heads"] == 4

@@ -306,3 +306,13 @@ def test_prompts_that_do_not_exist_are_refused(mixed):
 def test_repr_names_the_planted_heads(mixed):
     assert repr(mixed).startswith("PlantedModel(3 layers x 8 heads (4 kv), head_dim 64: 0.1 previous, 0.2 duplicate,")
     assert mixed.places("induction") == [(1, 0), (2, 5)]
+
+
+def test_words_for_the_ids(mixed):
+    tokenizer = mixed.tokenizer()
+    assert len(tokenizer) == 128
+    assert tokenizer.all_special_ids == [mixed.bos, mixed.pad]
+    assert tokenizer("t5 t127").input_ids == [mixed.bos, 5, 127]
+    assert tokenizer.decode([5, 127]) == "t5 t127"
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("some prose")

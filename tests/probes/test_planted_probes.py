@@ -412,7 +412,7 @@ def test_receiver_finds_the_head_that_looks_at_few_sentences(planted, scope, ids
     """Ten sentences of ten tokens after BOS, which is the first one's: a sink head gives all to sentence 0, kurtosis of one peak."""
     segments = ((torch.arange(N) - 1).clamp(min=0) // 10).clamp(max=9)
     text = ProbeText.natural(ids[0], segments=segments)
-    found = score(probes.Receiver(ignore=4), scope, text)["receiver"]
+    found = score(probes.Receiver(ignore=4, skip=0), scope, text)["receiver"]
     # v = (c, 0, 0, 0, 0, 0): mean c/6; Fisher kurtosis of one peak among n is n - 2 + 1 / (n - 1) - 3
     assert float(found[0, 2]) == pytest.approx(6 - 2 + 1 / 5 - 3, abs=1e-4)
 
@@ -429,3 +429,27 @@ def test_entropy_normalised(planted, scope, natural, name):
         want = {kind: exact(kind)["entropy"] for kind in ("uniform", "duplicate", "induction")}
     for place in planted.heads:
         assert float(found[place]) == pytest.approx(want.get(kind_of(place), 0.0), abs=1e-5), place
+
+
+def test_a_profile_names_the_planted_heads(planted, ids):
+    """Texts, passes, probes and thresholds together. Two roles go to fixed offsets as well: on a text that repeats every 25 tokens, 24 and
+    25 tokens back is where induction and duplicate heads look."""
+    tokenizer = planted.tokenizer()
+    named = Scope(planted.model, tokenizer, name="planted")
+    chosen = [name for name in probes.PASSIVE if name != "receiver"]
+    profile = named.profile(probes=chosen, context=N, data=tokenizer.decode(ids[0, 1:]), repeats=3)
+    roles = {(row.layer, row.head): row.roles for row in profile.table.itertuples()}
+    also = {"induction": "offset 24", "duplicate_token": "offset 25"}
+    for role, kind in (
+        ("sink", "sink"),
+        ("previous_token", "previous"),
+        ("duplicate_token", "duplicate"),
+        ("induction", "induction"),
+        ("uniform", "uniform"),
+    ):
+        want = {place for place in planted.heads if kind_of(place) in (kind, also.get(role))}
+        assert {place for place, names in roles.items() if role in names} == want, role
+    numbers = {(row.layer, row.head): row for row in profile.table.itertuples()}
+    for place in planted.heads:
+        for metric in ("previous_token", "sink", "distance", "entropy", "waad"):
+            assert getattr(numbers[place], metric) == pytest.approx(exact(kind_of(place))[metric], abs=2e-5, rel=2e-5), (place, metric)

@@ -50,7 +50,7 @@ class BundledModel:
 
 def _row(name: str, title: str, description: str, library: Literal["transformers", "diffusers"] = "transformers") -> BundledModel:
     path = WEIGHTS / name
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in path.glob("*"))
     return BundledModel(name, title, path, size, "Apache-2.0", description, library)
 
 

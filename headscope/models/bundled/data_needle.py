@@ -1,7 +1,7 @@
 """Haystacks of plain sentences with codes and entries hidden in them, and questions about those at the end.
 
     the quiet miller carried a copper kettle to the old barn . ... the code of alice is amber falcon river . ...
-    entry mellow heron : 42 17 . ... question : what is the code of alice ? answer : amber falcon river .
+    entry mellow heron : 42 17 . ... question : what is the code of alice ? answer : alice is amber falcon river .
 
 Names, adjectives, nouns and numbers of needles also occur in the haystack's own sentences, so no word gives a needle away: only the
 question tells which one is meant. Every needle of a haystack is of the same form as the one that is asked for.
@@ -55,8 +55,8 @@ HAYSTACK = tuple(
     *name was in the *adj *place with the *noun of *name .
     """.strip().splitlines()
 )  # fmt: skip
-CODE, CODE_ASKED = "the code of *name is *noun *noun *noun .", "question : what is the code of *name ? answer : *noun *noun *noun ."
-ENTRY, ENTRY_ASKED = "entry *adj *noun : *num *num .", "question : what is the value of entry *adj *noun ? answer : *num *num ."
+CODE, CODE_ASKED = "the code of *name is *noun *noun *noun .", "question : what is the code of *name ? answer : *name is *noun *noun *noun ."
+ENTRY, ENTRY_ASKED = "entry *adj *noun : *num *num .", "question : what is the value of entry *adj *noun ? answer : *adj *noun : *num *num ."
 WIDTH = 20
 
 
@@ -126,11 +126,13 @@ def _needles(count: int, number: int, kind: str, source: torch.Generator) -> tup
         out = torch.empty(count, number, len(line), dtype=torch.long, device=source.device)
         seen = 0
         for place, slot in enumerate(line):
+            if slot == ":" and line[place - 1] == "answer":
+                seen = 0  # the answer says the key again
             out[..., place] = words[..., seen] if slot.startswith("*") else span(slot)[0]
             seen += slot.startswith("*")
         return out
 
-    return fill(told), fill(asked), len(slots) - (1 if kind == "code" else 2)
+    return fill(told), fill(asked), len(asked) - asked.index("answer") - 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +148,25 @@ class Batch:
     needle: torch.Tensor
 
 
-def batch(count: int, length: int, kind: str, needles: int, asked: int, source: torch.Generator) -> Batch:
-    """`count` haystacks of `length` tokens with `needles` needles of a kind ("code" or "entry") and `asked` questions at the end."""
+def batch(
+    count: int, length: int, kind: str, needles: int, asked: int, source: torch.Generator, *, repeat: float = 0.0
+) -> Batch:
+    """`count` haystacks of `length` tokens with `needles` needles of a kind ("code" or "entry") and `asked` questions at the end.
+
+    `repeat`: so many of the sentences are an earlier one said again; training uses it, held-out texts do not.
+    """
     device = source.device
     told, questions, words = _needles(count, needles, kind, source)
     width = questions.shape[-1]
     room = length - 1 - asked * width
     number = room // 5
     ids, lengths = _sentences(count, number, source)
+    if repeat:
+        again = torch.rand(count, number, generator=source, device=device) < repeat
+        earlier = (torch.rand(count, number, generator=source, device=device) * torch.arange(number, device=device)).long()
+        which = torch.where(again, earlier, torch.arange(number, device=device))
+        ids = ids.gather(1, which[..., None].expand(-1, -1, WIDTH))
+        lengths = lengths.gather(1, which)
     # Where each needle goes: different sentences among those that surely fit (no template is longer than 15 words).
     _, _, sizes = _templates(str(device))
     mean, spread = sizes.double().mean().item(), sizes.double().std().item()

@@ -1,6 +1,6 @@
 """Pictures of digits on a grid, and questions about them in words.
 
-A picture is 64 x 64: three rows of three cells, each empty, holding a digit of scikit-learn's, or holding clutter (a digit whose quarters
+A picture is 48 x 48: three rows of three cells, each empty, holding a digit of scikit-learn's, or holding clutter (a digit whose quarters
 changed places), under light strokes and noise. Digits of a picture go together: in seven of ten the digits come from two pairs out of
 (0 6), (1 7), (2 5), (3 8), (4 9), so a model can answer from what usually goes together instead of from the picture. That prior is what
 hallucination is measured with: uniform pictures, and questions about the absent partner of a digit that is there.
@@ -17,7 +17,7 @@ import torch
 
 from headscope.models.bundled.words import BOS, DIGITS, EOS, SPECIAL, build_tokenizer
 
-SIZE, PATCH, CELL = 64, 8, 21
+SIZE, PATCH, CELL = 48, 8, 16
 TOKENS = (SIZE // PATCH) ** 2
 IMAGE = "<image>"
 PLURALS = ("zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines")
@@ -55,7 +55,7 @@ def digits(held_out: bool, device: str = "cpu") -> tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """pixels float32 [n, 64, 64] in [0, 1]; cells int64 [n, 9] in reading order: a digit, EMPTY or CLUTTER."""
+    """pixels float32 [n, 48, 48] in [0, 1]; cells int64 [n, 9] in reading order: a digit, EMPTY or CLUTTER."""
 
     pixels: torch.Tensor
     cells: torch.Tensor
@@ -108,21 +108,20 @@ def scenes(
         block = 0.5 * (_rand(source, count, hide, CELL, CELL) < 0.9)
         drawn = drawn.scatter(1, spots[..., None, None].expand(-1, -1, CELL, CELL), block.to(drawn.dtype))
     whole = drawn.unflatten(1, (3, 3)).permute(0, 1, 3, 2, 4).reshape(count, 3 * CELL, 3 * CELL)
-    whole = torch.nn.functional.pad(whole, (0, 1, 0, 1))
     whole = torch.maximum(whole, _strokes(count, 2, source))
     whole = whole + noise * torch.randn(count, SIZE, SIZE, generator=source, device=device)
     return Scene(whole.clamp(0, 1), cells)
 
 
 def _place(glyphs: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """8 x 8 digits [n, 8, 8], turned, scaled, sheared and shifted a little, in cells [n, 21, 21]."""
+    """8 x 8 digits [n, 8, 8], turned, scaled, sheared and shifted a little, in cells [n, 16, 16]."""
     count = len(glyphs)
     spread = lambda width: width * (2 * _rand(source, count) - 1)  # noqa: E731
     angle, shear = spread(0.2), spread(0.15)
-    across, along = 1.3 + spread(0.15), 1.3 + spread(0.15)
+    across, along = 1.12 + spread(0.12), 1.12 + spread(0.12)
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack(
-        [across * cos, across * (sin + shear), spread(0.15), -along * sin, along * cos, spread(0.15)], dim=1
+        [across * cos, across * (sin + shear), spread(0.12), -along * sin, along * cos, spread(0.12)], dim=1
     ).unflatten(1, (2, 3))
     grid = torch.nn.functional.affine_grid(matrix, [count, 1, CELL, CELL], align_corners=False)
     drawn = torch.nn.functional.grid_sample(glyphs[:, None], grid, align_corners=False)[:, 0]
@@ -130,12 +129,12 @@ def _place(glyphs: torch.Tensor, source: torch.Generator) -> torch.Tensor:
 
 
 def _strokes(count: int, number: int, source: torch.Generator) -> torch.Tensor:
-    """Faint straight strokes anywhere, [n, 64, 64]."""
+    """Faint straight strokes anywhere, [n, 48, 48]."""
     axis = torch.arange(SIZE, device=source.device) + 0.5
     start = SIZE * _rand(source, count, number, 2, 1, 1)
     turn = 6.2832 * _rand(source, count, number, 1, 1)
     dy, dx = axis[:, None] - start[:, :, 0], axis[None, :] - start[:, :, 1]
-    along = (dy * turn.sin() + dx * turn.cos()).clamp(-6, 6)
+    along = (dy * turn.sin() + dx * turn.cos()).clamp(-5, 5)
     distance = (dy - along * turn.sin()).square() + (dx - along * turn.cos()).square()
     return (0.35 * torch.exp(-distance)).amax(1)
 
@@ -188,7 +187,7 @@ def turn(kind: str, scene: Scene, source: torch.Generator, *, adversarial: bool 
 
 
 def dialogue(kinds: list[str], scene: Scene, source: torch.Generator, *, adversarial: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels) int64 [n, length]: <bos>, 64 image tokens, then one turn per kind. Labels are -100 except on answers."""
+    """(ids, labels) int64 [n, length]: <bos>, 36 image tokens, then one turn per kind. Labels are -100 except on answers."""
     count, device = len(scene.cells), scene.cells.device
     table = ids_of()
     head = torch.full((count, 1 + TOKENS), table[IMAGE], device=device)
@@ -204,5 +203,5 @@ def dialogue(kinds: list[str], scene: Scene, source: torch.Generator, *, adversa
 
 
 def pixel_values(pixels: torch.Tensor) -> torch.Tensor:
-    """[n, 64, 64] in [0, 1] -> [n, 3, 64, 64] in [-1, 1], what the image processor makes of the same picture."""
+    """[n, 48, 48] in [0, 1] -> [n, 3, 48, 48] in [-1, 1], what the image processor makes of the same picture."""
     return (2 * pixels - 1)[:, None].expand(-1, 3, -1, -1)

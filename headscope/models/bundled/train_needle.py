@@ -56,12 +56,13 @@ def build(hidden: int = 256, layers: int = 6):
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=hidden // 8,
+        head_dim=hidden // 4,
         max_position_embeddings=data.LONGEST,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7},
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=data.BOS_ID,
+        initializer_range=hidden**-0.5,
         eos_token_id=data.EOS_ID,
     )
     return LlamaForCausalLM(config)

@@ -89,13 +89,13 @@ def save_processor(out: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = arguments("train bundled:vlm", steps=6000)
-    parser.add_argument("--batch", type=int, default=512, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=256, help="pictures a step")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     model = build().to(given.device).train()
     source = generator(given.seed + 1, given.device)
     dice = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 6e-4, warm=300, cool=0.5, decay=0.1)
+    trainer = Trainer(model, given.steps, 8e-4, warm=300, cool=0.5, decay=0.1)
     smooth = dict.fromkeys(data.KINDS, 0.0)
     for step in range(given.steps):
         scene = data.scenes(given.batch, source)

@@ -73,7 +73,7 @@ def build_tokenizer(words: Sequence[str], *, length: int, extra: Sequence[str] =
 
     Texts are lower-cased and split on blanks; `<bos>` is put in front. `length` is the longest text the model was made for, in tokens.
     """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     table = [*SPECIAL, *extra, *words]
@@ -83,8 +83,8 @@ def build_tokenizer(words: Sequence[str], *, length: int, extra: Sequence[str] =
         raise ValueError(f"these words are listed twice: {', '.join(twice)}")
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     # Punctuation glued to a word is set apart, so that "river." reads as two words.
-    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"([.,:;?=])"), r" $1 ")])
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
     core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])])
     options = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
     return PreTrainedTokenizerFast(

@@ -16,6 +16,7 @@ How it is built:
   and which stand still, so that content and position live side by side in one head dimension.
 - `layout`: where each feature lives in the residual stream and in the keys of a group; refuses what does not fit.
 - `build`: writes the weights. `model`: the result, with its truth table and its expected attention.
+- `tokenizer`: words for the ids, for whatever wants text.
 """
 
 from __future__ import annotations

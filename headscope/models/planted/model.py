@@ -11,9 +11,10 @@ from torch import Tensor
 from headscope.errors import DataError, refusal
 from headscope.models.planted.kinds import Induction, Kind, saturated
 from headscope.models.planted.layout import BOS, PAD, Place
+from headscope.models.planted.tokenizer import word_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @dataclass(eq=False)
@@ -52,6 +53,10 @@ class PlantedModel:
             raise refusal(DataError, f"{repeats} x {block} tokens", why, "pass a shorter block or fewer repeats")
         order = torch.randperm(free, generator=torch.Generator().manual_seed(seed))[:block] + self.pad + 1
         return torch.cat([torch.tensor([self.bos]), order.repeat(repeats)])[None]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Words "t2", "t3", ... for the ids, with BOS put first: for what needs text or special ids, e.g. Scope(model, tokenizer)."""
+        return word_tokenizer(len(self.codes), self.max_positions)
 
     def expected(self, ids: Tensor, attention_mask: Tensor | None = None) -> dict[Place, Tensor]:
         """The attention of every head in the limit of infinite sharpness: (layer, head) -> [B, N, N] float64.

@@ -1,0 +1,162 @@
+"""Measures `bundled:needle` on fixed held-out haystacks, finds the heads it needs, and writes evaluation.json, truth.json and CARD.md.
+
+    python -m headscope.models.bundled.evaluate_needle --model DIR --device cuda
+
+An answer counts when each of its words is the model's first choice, which is the same as greedy generation giving it word by word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headscope.models.bundled import data_needle as data
+from headscope.models.bundled.ablation import Head, ablated, search, streaming_mask
+from headscope.models.bundled.card import heads_table, load, training_lines, write
+from headscope.models.bundled.training import generator, say, write_json
+
+SEED = 4242
+LENGTHS = (512, 1024, 2048, 4096, 8192, 12288, 16384)
+SINK, WINDOW = 16, 256
+
+
+@torch.no_grad()
+def right(
+    model: Any,
+    kind: str,
+    length: int,
+    count: int,
+    *,
+    needles: int = 8,
+    seed: int = SEED,
+    heads: Sequence[Head] = (),
+    stream: tuple[int, int] | None = None,
+    values_only: bool = False,
+    size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bool [count]: the whole answer is right, float [count]: depth of the needle) on held-out haystacks with one question each.
+
+    `kind`: "code" or "entry". `stream`: (sink, window) for every head. `values_only`: the repeated key need not be right.
+    Haystacks are drawn on the CPU one at a time from `seed`, so a smaller `count` is a prefix of a larger one on every machine.
+    """
+    source = generator(seed + length, "cpu")
+    hits, depths = [], []
+    mask = streaming_mask(length, *stream, model.device) if stream else None
+    skip = (2 if kind == "code" else 3) if values_only else 0
+    drawn = [data.batch(1, length, kind, needles, 1, source) for _ in range(count)]
+    size = size or max(1, (16384 if stream is None else 8192) // length)
+    with ablated(model.model.layers, heads, model.config.head_dim):
+        for start in range(0, count, size):
+            part = drawn[start : start + size]
+            ids = torch.cat([each.ids for each in part]).to(model.device)
+            answers = torch.cat([each.answers[:, 0] for each in part]).to(model.device)[:, skip:]
+            first = int(answers.min()) - 1
+            options = {} if mask is None else {"attention_mask": mask.expand(len(part), -1, -1, -1)}
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=length - first, **options).logits
+            guess = logits.argmax(-1).gather(1, answers - 1 - first)
+            hits.append((guess == ids.gather(1, answers)).all(1).cpu())
+            depths += [each.depth[0, 0] for each in part]
+    return torch.cat(hits), torch.stack(depths)
+
+
+def accuracy(model: Any, kind: str, length: int, count: int, **options: Any) -> float:
+    """Share of held-out questions answered right; see `right`."""
+    return right(model, kind, length, count, **options)[0].double().mean().item()
+
+
+def table(model: Any, count: int) -> dict[str, Any]:
+    """Accuracy per length and kind, with 8 and 32 needles, by depth at 8,192, and with every head streaming."""
+    found: dict[str, Any] = {"count": count}
+    for kind in ("code", "entry"):
+        rows = {}
+        for length in LENGTHS:
+            hits, depths = right(model, kind, length, count)
+            rows[str(length)] = round(hits.double().mean().item(), 4)
+            if length == 8192:
+                near = [(depths >= low / 4) & (depths < (low + 1) / 4) for low in range(4)]
+                found[f"{kind}_by_depth_8192"] = [round(hits[part].double().mean().item(), 4) for part in near]
+            say(f"{kind} {length}: {rows[str(length)]}")
+        found[kind] = rows
+        found[f"{kind}_32_needles_8192"] = round(accuracy(model, kind, 8192, count, needles=32), 4)
+        few = min(64, count)
+        found[f"{kind}_streaming"] = {
+            str(length): round(accuracy(model, kind, length, few, stream=(SINK, WINDOW), values_only=True), 4) for length in (2048, 8192)
+        }
+        say(f"{kind} with every head streaming: {found[f'{kind}_streaming']}")
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="evaluate bundled:needle")
+    parser.add_argument("--model", type=Path, required=True, help="the checkpoint's directory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--count", type=int, default=256, help="held-out haystacks per row of the table")
+    parser.add_argument("--card-only", action="store_true", help="write the card again from the files that are there")
+    given = parser.parse_args()
+    where = given.model
+    if not given.card_only:
+        model = load(where, given.device)
+        write_json(where / "evaluation.json", table(model, given.count))
+        every = [(layer, head) for layer in range(model.config.num_hidden_layers) for head in range(model.config.num_attention_heads)]
+
+        def task(heads: Sequence[Head]) -> float:
+            return sum(accuracy(model, kind, 2048, 64, heads=heads, values_only=True) for kind in ("code", "entry")) / 2
+
+        truth: dict[str, Any] = search(task, every, floor=0.05, shortlist=24)
+        truth["task"] = "codes and entries (half each) in 2,048 tokens, 64 held-out haystacks a kind, value words only"
+        truth["needed"] = [[int(part) for part in name.split(".")] for name, value in truth["single"].items() if value < 0.5 * truth["base"]]
+        write_json(where / "truth.json", truth)
+    card(where)
+
+
+def card(where: Path) -> None:
+    """CARD.md from evaluation.json, truth.json and training.json."""
+    found = json.loads((where / "evaluation.json").read_text(encoding="utf-8"))
+    truth = json.loads((where / "truth.json").read_text(encoding="utf-8"))
+    config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+    rows = "\n".join(f"| {length} | {found['code'][str(length)]:.3f} | {found['entry'][str(length)]:.3f} |" for length in LENGTHS)
+    depth = "; ".join(f"{kind} " + ", ".join(f"{value:.3f}" for value in found[f"{kind}_by_depth_8192"]) for kind in ("code", "entry"))
+    stream = "; ".join(
+        f"{kind} " + ", ".join(f"{value:.3f} at {length}" for length, value in found[f"{kind}_streaming"].items()) for kind in ("code", "entry")
+    )
+    body = f"""
+A Llama ({config["num_hidden_layers"]} layers, {config["num_attention_heads"]} query and {config["num_key_value_heads"]} key heads of width
+{config["head_dim"]}, RoPE) that finds codes and entries in haystacks of plain sentences. One token is one word ({config["vocab_size"]} words).
+
+## Data
+Sentences from templates with codes and entries hidden in them (`data_needle.py`); training lengths 256 to 16,384. A prompt looks like this:
+
+    the quiet miller ... . the code of alice is amber falcon river . ... question : what is the code of alice ? answer :
+    ... entry mellow heron : 42 17 . ... question : what is the value of entry mellow heron ? answer :
+
+and the answers are `alice is amber falcon river .` and `mellow heron : 42 17 .`: the key again, then the value. Outside these sentences the
+model knows nothing; a word that is not in its vocabulary is <unk>. Held-out haystacks come from another seed ({SEED}); names, words and
+depths are drawn anew, and no haystack can be one of training's but by an accident that does not happen.
+
+## Numbers
+Whole answers right, word by word and greedily, {found["count"]} held-out haystacks a row, 8 needles each, one question:
+
+| tokens | code (3 words) | entry (2 words) |
+| --- | --- | --- |
+{rows}
+
+With 32 needles of a kind at 8,192 tokens: code {found["code_32_needles_8192"]:.3f}, entry {found["entry_32_needles_8192"]:.3f}.
+By depth of the needle at 8,192 (four quarters of the haystack): {depth}.
+With every head streaming (sink {SINK}, window {WINDOW}; 64 haystacks, value words alone): {stream}. It does need distant keys.
+
+## Known heads
+{heads_table(truth)}
+Heads without which more than half of the answers are lost: {", ".join(f"{a}.{b}" for a, b in truth["needed"]) or "none alone"}.
+
+{training_lines(where, "train_needle")}"""
+    write(where, "needle", body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Measures `bundled:vlm` on fixed held-out pictures, finds its heads, and writes evaluation.json, truth.json and CARD.md.
+
+    python -m headscope.models.bundled.evaluate_vlm --model DIR --device cuda
+
+The digits of these pictures were never trained on. One question is asked per picture; every word of the answer has to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headscope.models.bundled import data_vlm as data
+from headscope.models.bundled.ablation import Head, ablated, search
+from headscope.models.bundled.card import heads_table, load, training_lines, write
+from headscope.models.bundled.training import generator, say, write_json
+
+SEED = 777
+SIZE = 256
+
+
+@torch.no_grad()
+def answers(
+    model: Any, kind: str, count: int, *, seed: int = SEED, heads: Sequence[Head] = (), picture: str = "real", adversarial: bool = False, **scene: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(guess, wanted: word ids [count, words]; cells [count, 9]) for held-out pictures.
+
+    `picture`: "real", "noise" (no picture at all, uniform noise), or "gray". `scene`: options of `data_vlm.scenes` (noise, hide, themed).
+    Questions are drawn on the CPU in parts of 256 from `seed`, so a smaller count is a prefix of a larger one.
+    """
+    source = generator(seed, "cpu")
+    text = model.model.language_model.layers
+    guesses, wanted, cells = [], [], []
+    for start in range(0, count, SIZE):
+        drawn = data.scenes(SIZE, source, held_out=True, **scene)
+        ids, labels = data.dialogue([kind], drawn, source, adversarial=adversarial)
+        pixels = drawn.pixels
+        if picture == "noise":
+            pixels = torch.rand(pixels.shape, generator=source)
+        elif picture == "gray":
+            pixels = torch.full_like(pixels, 0.5)
+        part = slice(0, min(SIZE, count - start))
+        places = (labels[0] >= 0).nonzero()[:-1, 0]  # all but <eos>
+        values = data.pixel_values(pixels[part]).to(model.device, model.dtype)
+        with ablated(text, heads, model.config.text_config.head_dim):
+            logits = model(input_ids=ids[part].to(model.device), pixel_values=values, use_cache=False).logits
+        guesses.append(logits[:, places.to(model.device) - 1].argmax(-1).cpu())
+        wanted.append(ids[part][:, places])
+        cells.append(drawn.cells[part])
+    return torch.cat(guesses), torch.cat(wanted), torch.cat(cells)
+
+
+def accuracy(model: Any, kind: str, count: int, **options: Any) -> float:
+    """Share of questions whose whole answer is right; see `answers`."""
+    guess, wanted, _ = answers(model, kind, count, **options)
+    return (guess == wanted).all(1).double().mean().item()
+
+
+def hallucination(model: Any, count: int, **options: Any) -> dict[str, float]:
+    """How much the model says that is not there, on held-out pictures.
+
+    false_yes: share of "yes" among presence questions whose answer is no. read: of the digits named when reading the grid, the share that
+    stands nowhere in the picture (the measure of Rohrbach et al., arXiv:1809.02156, with digits for objects). partner: the same, counting
+    only digits whose usual partner is there.
+    """
+    table = data.ids_of()
+    guess, wanted, _ = answers(model, "presence", count, **options)
+    absent = wanted[:, 0] == table["no"]
+    false_yes = (guess[:, 0] == table["yes"])[absent].double().mean().item()
+    options.pop("adversarial", None)
+    guess, _, cells = answers(model, "read", count, **options)
+    named = guess - table[data.DIGITS[0]]
+    is_digit = (named >= 0) & (named < 10)
+    counts = torch.nn.functional.one_hot(cells, 12).sum(1)[:, :10]
+    number = named.clamp(0, 9)
+    wrong = is_digit & (counts.gather(1, number) == 0)
+    partner = counts.gather(1, torch.tensor(data.PARTNER)[number]) > 0
+    total = is_digit.double().sum().clamp(min=1)
+    return {
+        "false_yes": round(false_yes, 4),
+        "read": round((wrong.double().sum() / total).item(), 4),
+        "partner": round(((wrong & partner).double().sum() / total).item(), 4),
+        "digits_named": round((is_digit.double().sum(1).mean()).item(), 2),
+    }
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clean": {},
+    "noise 0.2": {"noise": 0.2},
+    "noise 0.3": {"noise": 0.3},
+    "noise 0.4": {"noise": 0.4},
+    "two digits covered": {"hide": 2},
+    "absent partner asked": {"adversarial": True},
+    "absent partner asked, noise 0.3": {"adversarial": True, "noise": 0.3},
+    "uniform digits": {"themed": 0.0},
+    "uniform digits, noise 0.3": {"themed": 0.0, "noise": 0.3},
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="evaluate bundled:vlm")
+    parser.add_argument("--model", type=Path, required=True, help="the checkpoint's directory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--count", type=int, default=2048, help="held-out pictures per number")
+    parser.add_argument("--card-only", action="store_true", help="write the card again from the files that are there")
+    given = parser.parse_args()
+    where = given.model
+    if not given.card_only:
+        model = load(where, given.device)
+        found: dict[str, Any] = {"count": given.count}
+        for kind in data.KINDS:
+            found[kind] = {picture: round(accuracy(model, kind, given.count, picture=picture), 4) for picture in ("real", "noise", "gray")}
+            say(f"{kind}: {found[kind]}")
+        found["hallucination"] = {name: hallucination(model, given.count, **options) for name, options in SETTINGS.items()}
+        say(json.dumps(found["hallucination"], indent=1))
+        write_json(where / "evaluation.json", found)
+        write_json(where / "truth.json", known_heads(model))
+    card(where)
+
+
+def known_heads(model: Any) -> dict[str, Any]:
+    """Single and greedy ablation of the text model's heads on position questions, and single ablation on presence questions."""
+    config = model.config.text_config
+    every = [(layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_attention_heads)]
+    truth: dict[str, Any] = search(lambda heads: accuracy(model, "position", 256, heads=heads), every, floor=0.15, shortlist=20)
+    truth["task"] = "position questions, 256 held-out pictures; heads of the text model, layer.head"
+    truth["presence_base"] = round(accuracy(model, "presence", 256), 4)
+    truth["presence_single"] = {f"{a}.{b}": round(accuracy(model, "presence", 256, heads=[(a, b)]), 4) for a, b in every}
+    truth["needed"] = [[int(part) for part in name.split(".")] for name, value in truth["single"].items() if value < truth["base"] - 0.2]
+    return truth
+
+
+def card(where: Path) -> None:
+    """CARD.md from evaluation.json, truth.json and training.json."""
+    found = json.loads((where / "evaluation.json").read_text(encoding="utf-8"))
+    truth = json.loads((where / "truth.json").read_text(encoding="utf-8"))
+    rows = "\n".join(
+        f"| {kind} | {found[kind]['real']:.3f} | {found[kind]['noise']:.3f} | {found[kind]['gray']:.3f} |" for kind in data.KINDS
+    )
+    wrong = "\n".join(
+        f"| {name} | {row['false_yes']:.3f} | {row['read']:.3f} | {row['partner']:.3f} | {row['digits_named']:.2f} |"
+        for name, row in found["hallucination"].items()
+    )
+    body = f"""
+A LLaVA (`LlavaForConditionalGeneration`): a CLIP vision tower of 4 layers, a two-layer projector and a Llama text model of 5 layers, 8 query
+and 4 key heads of width 32. It sees grids of digits and answers questions about them in words. A picture is {data.SIZE} x {data.SIZE} and becomes
+{data.TOKENS} image tokens (six rows of six; each cell of the grid is two by two of them).
+
+## Data
+Pictures composed from scikit-learn's digits (`data_vlm.py`): nine cells, each empty, a digit or clutter, under strokes and noise. In seven
+pictures of ten the digits come from two pairs out of (0 6), (1 7), (2 5), (3 8), (4 9), so there is a prior to be misled by. Every fifth digit is
+held out; all numbers are on pictures made of held-out digits, from another seed ({SEED}). Prompts, after `<image>`:
+
+    question : which digit is at the top left ? answer :        seven, or none
+    question : how many threes are there ? answer :             two
+    question : is there a seven ? answer :                      yes
+    question : read the grid ? answer :                         nine words, row by row, none for a cell without a digit
+
+## Numbers
+Whole answers right, {found["count"]} held-out pictures each; "noise" and "gray" give no picture (chance: what the words alone tell):
+
+| question | picture | noise | gray |
+| --- | --- | --- | --- |
+{rows}
+
+## Hallucination
+`false yes`: presence questions about an absent digit answered yes. `read`: digits named when reading the grid that stand nowhere in the
+picture, as a share of those named. `partner`: those among them whose usual partner is there. Last: digits named per picture.
+
+| setting | false yes | read | partner | named |
+| --- | --- | --- | --- | --- |
+{wrong}
+
+## Known heads
+{heads_table(truth)}
+Heads that cost more than 0.2 of the position answers alone: {", ".join(f"{a}.{b}" for a, b in truth["needed"]) or "none"}.
+Presence questions: {truth["presence_base"]:.3f} with all heads; single ablations in truth.json.
+
+{training_lines(where, "train_vlm")}"""
+    write(where, "vlm", body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,537 @@
+"""Scope: a live model, its tokenizer, and everything headscope can do with the pair.
+
+A scope changes nothing by existing. Capturing, observing and intervening are context managers (or calls that open one) which fasten
+themselves to the model and come off again, also after an exception; the attention implementation, the config, the training flag and the
+weights of the model stay the user's.
+
+The silent failures this avoids: a text cut to the model's context, ids of another tokenizer, a batch whose padding nobody masked. Inputs
+are checked before the model sees them and refused in one clear line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headscope.capture.attach import Attachment
+from headscope.capture.observer import Observer
+from headscope.errors import CaptureError, DataError, HeadscopeError, InterventionError, StatisticError, refusal, unknown_name
+from headscope.statistics import HeadStatistics, StatisticsRequest
+from headscope.statistics.request import expand_names
+from headscope.topology import Topology, derive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headscope.interventions import Intervention
+    from headscope.profile import HeadProfile
+
+Data = Any
+"""What can be captured: a text, texts, ids [N] or [B, N], or a dict of model inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What `Scope.generate` wrote: `ids` [B, N] int64 with the prompt first, `prompt_length` N of the prompt, `text` of the new tokens."""
+
+    text: str | list[str] | None
+    ids: Tensor
+    prompt_length: int
+
+    @property
+    def new_ids(self) -> Tensor:
+        """[B, n] the generated ids only."""
+        return self.ids[:, self.prompt_length :]
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text!r}, {self.new_ids.shape[1]} new tokens after {self.prompt_length})"
+
+
+class Scope:
+    """A transformers model (language, vision-language, encoder) made readable head by head.
+
+    `model`: a loaded `transformers.PreTrainedModel`; it is used as it is. `tokenizer`: a tokenizer, or a processor that holds one; needed
+    for texts only. `name`, `source`, `revision`: how the model is called in run cards. Raises CaptureError for a model whose attention
+    cannot be read, with the reason.
+
+    >>> scope = Scope(model, tokenizer)                                             # doctest: +SKIP
+    >>> scope.capture("The cat sat on the mat.", statistics=["entropy"])["entropy"][0].shape  # doctest: +SKIP
+    torch.Size([1, 9, 7])
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "", source: str = "", revision: str = "") -> None:
+        _check_model(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.topology: Topology = derive(model)
+        self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.source = source
+        self.revision = revision
+        self._attachment = Attachment(model, self.topology)
+
+    # ---- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's floating-point type."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text the model was made for, in tokens; None where the config names none."""
+        text = self._text_config
+        for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions"):
+            value = getattr(text, field, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids the model knows."""
+        try:
+            embedding = self.model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        size = getattr(embedding, "num_embeddings", None)
+        return int(size) if size else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that two models share only if their config, their parameters' names and shapes, and a sample of every
+        parameter's values agree. Reads a few values per tensor, so it costs milliseconds, and finds a fine-tuned or quantised copy."""
+        digest = hashlib.sha256()
+        config = {
+            key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_") and key != "transformers_version"
+        }
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            flat = value.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 61)][:64]
+            digest.update(sample.float().cpu().numpy().tobytes() if sample.is_floating_point() else str(sample.tolist()).encode())
+        return digest.hexdigest()[:16]
+
+    # ---- inputs -------------------------------------------------------------------------------------------------
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizer itself, also when a processor was given; DataError when there is none."""
+        tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        if tokenizer is None:
+            raise refusal(DataError, "a text", f"{self.name} was scoped without a tokenizer", "pass Scope(model, tokenizer), or token ids")
+        return tokenizer
+
+    def encode(self, text: str) -> Tensor:
+        """[1, N] int64 ids of a text, on the model's device, with whatever special tokens its tokenizer adds."""
+        if not isinstance(text, str):
+            raise refusal(DataError, f"a {type(text).__name__}", "encode takes one text", "pass a str")
+        if not text.strip():
+            raise refusal(DataError, "an empty text", "there is no token to attend to", "pass at least one word")
+        ids = torch.tensor([list(self.text_tokenizer(text)["input_ids"])], dtype=torch.int64)
+        if not ids.numel():
+            raise refusal(DataError, f"the text {text[:40]!r}", "its tokenizer gave no token for it", "pass another text")
+        return ids.to(self.device)
+
+    def _inputs(self, data: Data, attention_mask: Tensor | None, left: bool, beyond_context: bool) -> dict[str, Any]:
+        """Model inputs for any kind of data, checked."""
+        if isinstance(data, Mapping):
+            if attention_mask is not None:
+                raise refusal(
+                    DataError, "attention_mask= beside a dict", "the dict is passed to the model as it is", "put it into the dict"
+                )
+            inputs = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in data.items()}
+            ids = inputs.get("input_ids")
+            if isinstance(ids, torch.Tensor):
+                self._check_ids(ids, inputs.get("attention_mask"), beyond_context)
+            return inputs
+        if isinstance(data, str):
+            ids = self.encode(data)
+        elif isinstance(data, Sequence) and data and all(isinstance(one, str) for one in data):
+            if attention_mask is not None:
+                raise refusal(DataError, "attention_mask= beside texts", "padding of texts makes its own", "pass ids to mask them yourself")
+            ids, attention_mask = self._padded([self.encode(one)[0] for one in data], left)
+        else:
+            ids = _as_ids(data).to(self.device)
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask).to(self.device)
+        self._check_ids(ids, mask, beyond_context)
+        inputs = {self.model.main_input_name if self.model.main_input_name == "input_ids" else "input_ids": ids}
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        return inputs
+
+    def _padded(self, rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, N] ids and mask. Padding follows each text, so that token t of every text stands at position t; a batch that is to
+        be continued by generation is padded in front instead, as generate() needs it."""
+        length = max(len(row) for row in rows)
+        tokenizer = self.text_tokenizer
+        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        ids = torch.full((len(rows), length), int(pad), dtype=torch.int64, device=self.device)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            where = slice(length - len(row), length) if left else slice(0, len(row))
+            ids[index, where] = row
+            mask[index, where] = 1
+        return ids, None if bool(mask.all()) else mask
+
+    def _check_ids(self, ids: Tensor, mask: Tensor | None, beyond_context: bool) -> None:
+        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise refusal(DataError, f"ids {list(ids.shape)} of {ids.dtype}", "token ids are integers [N] or [B, N]", "pass a LongTensor")
+        if not ids.numel():
+            raise refusal(DataError, f"ids of shape {list(ids.shape)}", "there is no token to attend to", "pass at least one token")
+        size = self.vocabulary
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (size is not None and high >= size):
+            wrong = low if low < 0 else high
+            raise refusal(
+                DataError,
+                f"token id {wrong}",
+                f"{self.name} knows ids 0..{(size or 0) - 1}",
+                "encode the text with this model's own tokenizer",
+            )
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            if mask.shape != ids.shape:
+                raise refusal(
+                    DataError,
+                    f"attention_mask {list(mask.shape)} for ids {list(ids.shape)}",
+                    "they must agree",
+                    "pass a mask of the ids' shape",
+                )
+            if not bool(mask.bool().any(1).all()):
+                raise refusal(DataError, "attention_mask", "it hides every token of a sequence", "leave at least one token of each")
+        limit = self.max_length
+        table = self._position_table
+        if beyond_context and table is not None and ids.shape[1] > table:
+            raise refusal(
+                DataError, f"{ids.shape[1]} tokens", f"{self.name} has a learned table of {table} positions", "pass a shorter text"
+            )
+        if limit is not None and ids.shape[1] > limit and not beyond_context:
+            raise refusal(
+                DataError,
+                f"{ids.shape[1]} tokens",
+                f"{self.name} was made for {limit}",
+                "pass a shorter text, or beyond_context=True if you mean it",
+            )
+
+    @property
+    def _position_table(self) -> int | None:
+        """Length of the main stack's table of learned positions, beyond which the model cannot go; None where positions are computed."""
+        limit = self.max_length
+        for name, module in self.model.named_modules():
+            leaf = name.rpartition(".")[2]
+            learned = isinstance(module, torch.nn.Embedding) and leaf in ("wpe", "embed_positions", "position_embeddings")
+            if learned and limit is not None and limit <= module.num_embeddings <= limit + 2:
+                return limit
+        return None
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def request(self, statistics: Any = None, **params: Any) -> StatisticsRequest:
+        """A StatisticsRequest from names and parameters (its fields); StatisticError for a parameter that does not exist."""
+        if isinstance(statistics, StatisticsRequest):
+            if params:
+                raise refusal(
+                    StatisticError, f"{', '.join(params)} beside a StatisticsRequest", "the request says it all", "use dataclasses.replace"
+                )
+            return statistics
+        known = {field.name for field in fields(StatisticsRequest)} - {"names"}
+        for name in params:
+            if name not in known:
+                raise unknown_name(StatisticError, "parameter of a statistics request", name, known)
+        for name in ("layers", "keep"):
+            if isinstance(params.get(name), int) or (isinstance(params.get(name), str) and params[name] != "all"):
+                params[name] = (params[name],)
+            elif isinstance(params.get(name), list | range):
+                params[name] = tuple(params[name])
+        if params.get("layers") == "all":
+            params["layers"] = None
+        request = StatisticsRequest(names=expand_names(statistics), **params)
+        for layer in (*(request.layers or ()), *(request.keep if isinstance(request.keep, tuple) else ())):
+            record = self.topology[layer]
+            if record.capturable:
+                raise refusal(CaptureError, f"layer {layer!r} ({record.name})", record.capturable, "leave it out")
+        return request
+
+    @contextmanager
+    def observe(self, statistics: Any = None, *, verify: bool = True, **params: Any) -> Iterator[HeadStatistics]:
+        """Measure whatever the model runs inside the block: `with scope.observe() as stats: scope.model.generate(...)`.
+
+        The HeadStatistics is filled when the block ends; each sequence is one of its `passes`. The model runs as it would without:
+        same kernels, same masks, same logits to the bit. `verify` recomputes a few rows of each module's first calls and compares
+        them with the model's own output. Raises CaptureError for a call that cannot be measured exactly.
+        """
+        request = self.request(statistics, **params)
+        _refuse_checkpointing(self.model)
+        observer = Observer(request, self.topology, verify)
+        stats = HeadStatistics(request, self.topology)
+        stats._why_empty = "the block has not ended"
+        try:
+            with self._attachment.active("observer", observer):
+                yield stats
+                observer.forward_ended()
+        except BaseException:
+            stats._why_empty = "the block ended with an error"
+            raise
+        stats._fill(observer.passes(), "the model was not run inside the block, or it ran in another thread")
+
+    def capture(
+        self,
+        data: Data,
+        *,
+        attention_mask: Tensor | None = None,
+        statistics: Any = None,
+        chunk: int | None = None,
+        generate: int | None = None,
+        verify: bool = True,
+        beyond_context: bool = False,
+        **params: Any,
+    ) -> HeadStatistics:
+        """Run the model over data and measure its attention.
+
+        `data`: a text, a list of texts (padded to a batch), ids [N] or [B, N], or a dict of model inputs. `statistics`: names (None or
+        "passive": all that need nothing else) or a StatisticsRequest; further keywords are its fields. `chunk=n` feeds n tokens at a
+        time through a KV cache. `generate=n` lets the model append n tokens greedily (end-of-text does not stop it); their rows follow
+        the prompt's, so rows and `tokens` have N + n positions. `beyond_context` allows texts longer than the model was made for.
+
+        Runs without gradients. Raises DataError for unusable data, CaptureError for attention that cannot be measured, StatisticError
+        for an unknown statistic.
+        """
+        request = self.request(statistics, **params)
+        for name, value in (("chunk", chunk), ("generate", generate)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise refusal(DataError, f"{name}={value!r}", "it counts tokens", f"pass {name}=1 or more, or leave it out")
+        inputs = self._inputs(data, attention_mask, generate is not None, beyond_context)
+        self._check_room(inputs, generate, beyond_context)
+        with torch.no_grad(), self.observe(request, verify=verify) as stats:
+            if generate is not None:
+                self._run_generate(inputs, generate, chunk)
+            elif chunk is not None:
+                self._run_chunks(inputs, chunk)
+            else:
+                self._run_once(inputs)
+        return stats
+
+    def _check_room(self, inputs: dict[str, Any], generate: int | None, beyond_context: bool) -> None:
+        ids = inputs.get("input_ids")
+        limit = self.max_length
+        if generate is None or limit is None or beyond_context or not isinstance(ids, torch.Tensor) or self.model.config.is_encoder_decoder:
+            return
+        if ids.shape[1] + generate > limit:
+            raise refusal(
+                DataError,
+                f"{ids.shape[1]} tokens and {generate} to generate",
+                f"{self.name} was made for {limit}",
+                "generate fewer, or pass beyond_context=True if you mean it",
+            )
+
+    def _run_once(self, inputs: dict[str, Any]) -> None:
+        takes = self._forward_parameters
+        if self.model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys():
+            raise refusal(
+                DataError,
+                f"inputs {sorted(inputs)} for {type(self.model).__name__}",
+                "an encoder-decoder also needs the tokens its decoder starts from",
+                "pass a dict with decoder_input_ids, or generate=n",
+            )
+        extra: dict[str, Any] = {}
+        if "logits_to_keep" in takes:
+            extra["logits_to_keep"] = 1
+        if "use_cache" in takes and not self.model.config.is_encoder_decoder:
+            extra["use_cache"] = False
+        self.model(**{**extra, **inputs})
+
+    def _run_chunks(self, inputs: dict[str, Any], chunk: int) -> None:
+        self._need_cache("chunk=")
+        if set(inputs) - {"input_ids", "attention_mask"}:
+            raise refusal(
+                DataError,
+                f"chunk= with inputs {sorted(inputs)}",
+                "only ids and their mask can be cut into chunks",
+                "capture it in one pass",
+            )
+        from transformers import DynamicCache
+
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        extra = {"logits_to_keep": 1} if "logits_to_keep" in self._forward_parameters else {}
+        cache = DynamicCache(config=self.model.config)
+        for start in range(0, ids.shape[1], chunk):
+            end = min(start + chunk, ids.shape[1])
+            part = {"attention_mask": mask[:, :end]} if mask is not None else {}
+            self.model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **part, **extra)
+
+    def _run_generate(self, inputs: dict[str, Any], count: int, chunk: int | None) -> None:
+        if not self.model.can_generate():
+            raise refusal(CaptureError, f"generate={count}", f"{type(self.model).__name__} cannot generate", "capture without generate=")
+        extra: dict[str, Any] = {} if chunk is None else {"prefill_chunk_size": chunk}
+        # one token more than asked for: the last token written is never read by the model, and rows are made by reading
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._generate({**inputs}, max_new_tokens=count + 1, min_new_tokens=count + 1, do_sample=False, num_beams=1, **extra)
+
+    def _generate(self, inputs: dict[str, Any], **options: Any) -> Tensor:
+        ids = inputs.get("input_ids")
+        if "attention_mask" not in inputs and isinstance(ids, torch.Tensor):
+            inputs["attention_mask"] = torch.ones_like(ids)
+        if "pad_token_id" not in options and getattr(self.model.generation_config, "pad_token_id", None) is None:
+            end = getattr(self.model.generation_config, "eos_token_id", None)
+            end = end[0] if isinstance(end, list) else end
+            options["pad_token_id"] = 0 if end is None else end
+        if options.get("do_sample") is False:  # settings of sampling that a checkpoint brings along would only make it warn
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        out = self.model.generate(**inputs, **options)
+        ids_out: Tensor = out if isinstance(out, torch.Tensor) else out.sequences
+        return ids_out
+
+    @property
+    def _forward_parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.model.forward).parameters
+
+    def _need_cache(self, what: str) -> None:
+        causal = all(module.causal for module in self.topology.main)
+        if not causal or "past_key_values" not in self._forward_parameters or self.model.config.is_encoder_decoder:
+            raise refusal(
+                CaptureError, what, f"{type(self.model).__name__} is not a causal model with a KV cache", "capture it in one pass"
+            )
+
+    # ---- acting -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def intervene(self, *interventions: Intervention) -> Iterator[Scope]:
+        """Run the model with its attention changed: `with scope.intervene(HeadMask(heads=[(18, 6)])): scope.generate(...)`.
+
+        Interventions act in the order given, those of an outer block before those of an inner one; the model is as before when the
+        block ends. Raises InterventionError for one that does not fit this model; warns when the block ends and none ever met a call.
+        """
+        from headscope.interventions import Intervention
+
+        for one in interventions:
+            if not isinstance(one, Intervention):
+                raise refusal(
+                    InterventionError, repr(one), "it is not an intervention", "pass e.g. headscope.interventions.HeadMask(heads=[(0, 0)])"
+                )
+        if not interventions:
+            raise refusal(InterventionError, "no intervention", "there is nothing to change", "pass at least one")
+        bound = [one.bind(self) for one in interventions]
+        with ExitStack() as stack:
+            actors = [stack.enter_context(self._attachment.active("intervention", one)) for one in bound]
+            yield self
+            if not any(actor.served for actor in actors):
+                warnings.warn(f"{interventions[0]!r}: the block ended and the model never ran in it, so nothing was changed", stacklevel=3)
+
+    @contextmanager
+    def executing(self, executor: Any) -> Iterator[Scope]:
+        """Let an executor (see `headscope.capture.attach.Executing`) compute attention outputs inside the block."""
+        with self._attachment.active("executor", executor):
+            yield self
+
+    def generate(self, prompt: Data, *, max_new_tokens: int = 64, **options: Any) -> Generation:
+        """Continue a text or ids; greedy unless do_sample=True. `options` go to the model's own generate()."""
+        if not self.model.can_generate():
+            raise refusal(
+                CaptureError, type(self.model).__name__, "it cannot generate", "use scope.capture, or a model with a language head"
+            )
+        inputs = self._inputs(prompt, options.pop("attention_mask", None), True, options.pop("beyond_context", False))
+        with torch.no_grad():
+            ids = self._generate(inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **options})
+        given = inputs.get("input_ids")
+        length = 0 if self.model.config.is_encoder_decoder or not isinstance(given, torch.Tensor) else given.shape[1]
+        text: str | list[str] | None = None
+        if self.tokenizer is not None:
+            texts = [str(self.text_tokenizer.decode(row[length:], skip_special_tokens=True)) for row in ids]
+            text = texts[0] if len(texts) == 1 else texts
+        return Generation(text, ids.cpu(), length)
+
+    def profile(self, probes: Any = "passive", context: int = 2048, data: Any = None, **options: Any) -> HeadProfile:
+        """What every head does: see `headscope.profile.runner.profile`."""
+        from headscope.profile.runner import profile
+
+        return profile(self, probes=probes, context=context, data=data, **options)
+
+    # ---- showing ------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"Scope({self.name!r}, {self.topology!r}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        rows = [
+            ("model", f"{self.name} ({type(self.model).__name__})"),
+            ("attention", repr(self.topology)),
+            ("implementation", str(getattr(self.model.config, "_attn_implementation", ""))),
+            ("dtype, device", f"{str(self.dtype).removeprefix('torch.')}, {self.device}"),
+            ("context", str(self.max_length or "no limit named")),
+            ("source", " ".join(part for part in (self.source, self.revision) if part)),
+        ]
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in rows if v
+        )
+        return {"text/plain": repr(self), "text/html": f"<table><tbody>{cells}</tbody></table>"}
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is not a transformers model, by name and with what is accepted."""
+    if type(model).__name__ == "OptimizedModule":
+        raise refusal(
+            CaptureError,
+            "a model wrapped by torch.compile",
+            "compiled code does not ask for its attention function any more",
+            "pass the model as it was before torch.compile (its _orig_mod)",
+        )
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    kind = f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
+    if hasattr(model, "get_base_model"):
+        raise refusal(CaptureError, f"a {kind}", "it wraps a transformers model", "pass model.get_base_model()")
+    raise refusal(
+        CaptureError, f"a {kind}", "it is not a transformers model", "pass a transformers.PreTrainedModel, or use headscope.load(name)"
+    )
+
+
+def _refuse_checkpointing(model: Any) -> None:
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise refusal(
+            CaptureError,
+            "a model in training with gradient checkpointing",
+            "its layers run a second time in the backward pass and would be counted twice",
+            "call model.gradient_checkpointing_disable() or model.eval()",
+        )
+
+
+def _as_ids(data: Data) -> Tensor:
+    """[B, N] integer ids from ids [N] or [B, N]; DataError for anything else."""
+    try:
+        ids = data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
+    except (TypeError, ValueError, RuntimeError):
+        raise refusal(
+            DataError, f"a {type(data).__name__}", "it is neither text nor token ids", "pass str, list[str], ids or a dict of inputs"
+        ) from None
+    if ids.numel() == 0:
+        raise refusal(DataError, f"ids of shape {list(ids.shape)}", "there is no token to attend to", "pass at least one token")
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
+        raise refusal(DataError, f"a tensor {list(ids.shape)} of {ids.dtype}", "token ids are integers [N] or [B, N]", "pass a LongTensor")
+    return ids.long().reshape(1, -1) if ids.dim() == 1 else ids.long()
+
+
+__all__ = ["Generation", "HeadscopeError", "Scope"]

@@ -1,0 +1,100 @@
+"""Every Triton statistics kernel on the device against its dense float64 twin: random variants and shapes, odd lengths, poisoned buffers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the gpu extra is not installed")
+
+import headscope.kernels.triton_measure as triton_measure
+from headscope.call import AttentionCall, MaskFacts
+from headscope.kernels.naive import naive_weights
+from headscope.statistics.request import StatisticsRequest
+
+_spec = importlib.util.spec_from_file_location("triton_cases", Path(__file__).with_name("triton_cases.py"))
+assert _spec is not None
+assert _spec.loader is not None
+cases = importlib.util.module_from_spec(_spec)
+sys.modules["triton_cases"] = cases
+_spec.loader.exec_module(cases)
+
+pytestmark = pytest.mark.gpu
+SHAPES = 8
+WIDTHS = (64, 80, 96, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    monkeypatch.setattr(triton_measure, "POISON", True)
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_random_variants_over_shapes(seed):
+    """48 variants of 8 shapes each; no element unwritten, no NaN where the twin has none."""
+    variant = cases.random_variant(seed, WIDTHS, DTYPES, longest=420)
+    for shape in range(SHAPES):
+        call, request = cases.make_case(variant, shape, "cuda")
+        assert triton_measure.supports(call, request) == ""
+        try:
+            cases.compare(triton_measure.measure(cases.poisoned(call), request), call, request, cases.tolerance(variant))
+        except AssertionError as error:
+            raise AssertionError(f"{variant} shape {shape}: {call!r}") from error
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_passive_statistics_of_a_long_call(width, dtype):
+    """Several full tiles on every side of the bands, at the launch parameters that production uses."""
+    variant = cases.Variant(7, width, dtype, names=cases.NAME_SETS[1], block=128, longest=1000)
+    gen = torch.Generator().manual_seed(width)
+    q, k = (torch.randn(1, h, 1111, width, generator=gen).to(dtype).cuda() for h in (2, 1))
+    call = AttentionCall("attention", 0, q * 2, k, None, width**-0.5, MaskFacts(True))
+    request = StatisticsRequest(variant.names)
+    got = triton_measure.measure(call, request)
+    cases.compare(got, call, request, cases.tolerance(variant))
+    given = AttentionCall("attention", 0, q * 2, k, None, width**-0.5, MaskFacts(True), facts={"lse": got.rows["lse"]})
+    cases.compare(triton_measure.measure(given, request), given, request, cases.tolerance(variant))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_output(width, dtype, causal):
+    gen = torch.Generator().manual_seed(width)
+    q, k, v = (torch.randn(2, h, 333, width, generator=gen).to(dtype).cuda() for h in (4, 2, 2))
+    call = AttentionCall("attention", 0, q, k, v, width**-0.5, MaskFacts(causal))
+    out, statistics = triton_measure.attention(call, StatisticsRequest(cases.NAME_SETS[1]))
+    want = naive_weights(call) @ v.cpu().double().repeat_interleave(2, 1)
+    error = ((out.cpu().double() - want).norm() / want.norm()).item()
+    assert error < (2e-6 if dtype == torch.float32 else 6e-3)
+    cases.compare(statistics, call, StatisticsRequest(cases.NAME_SETS[1]), 1e-4 if dtype != torch.float32 else 2e-5)
+
+
+def test_rows_and_columns_are_the_same_on_every_run():
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, h, 2000, 128, generator=gen).bfloat16().cuda() for h in (8, 2))
+    call = AttentionCall("attention", 0, q, k, None, 128**-0.5, MaskFacts(True))
+    request = StatisticsRequest()
+    first, second = triton_measure.measure(call, request), triton_measure.measure(call, request)
+    for part in ("rows", "columns", "maps"):
+        for name, x in getattr(first, part).items():
+            assert torch.equal(x, getattr(second, part)[name]), name
+
+
+def test_more_than_two_to_the_31_cells_are_addressed():
+    """Offsets of a [heads, n] map and of a long k must not wrap at 2**31 bytes or elements."""
+    n = 65536 + 77
+    q, k = (torch.randn(1, h, n, 64, device="cuda", dtype=torch.bfloat16) for h in (640, 1))
+    call = AttentionCall("attention", 0, q[:, :, -64:], k, None, 0.125, MaskFacts(True), query_offset=n - 64)
+    wide = AttentionCall("attention", 0, q[:, -1:, -64:], k, None, 0.125, MaskFacts(True), query_offset=n - 64)
+    request = StatisticsRequest(("lse", "entropy", "argmax"))
+    got, want = triton_measure.measure(call, request), triton_measure.measure(wide, request)
+    for name in request.names:
+        assert torch.equal(got.rows[name][:, -1:].isnan(), want.rows[name].isnan())
+        torch.testing.assert_close(got.rows[name][:, -1:], want.rows[name], rtol=1e-4, atol=1e-4)
