@@ -47,7 +47,7 @@ def grouped(card: Mapping[str, Any], metrics: list[str]) -> list[dict[str, objec
     for name in metrics:
         metric = describe(card, name)
         groups.setdefault(metric.probe, []).append({"value": name, "label": metric.label})
-    single = [items[0] for items in groups.values() if len(items) == 1]
+    single: list[dict[str, object]] = [dict(items[0]) for items in groups.values() if len(items) == 1]
     several: list[dict[str, object]] = [
         {"group": words(probe) or "Other", "items": items} for probe, items in groups.items() if len(items) > 1
     ]

@@ -165,9 +165,10 @@ class RunIndex:
 
     def open(self, run: str) -> Run:
         """The run of an id; RunError when it is not listed or cannot be read."""
-        path = self.paths().get(run)
+        path = self.paths().get(run) if isinstance(run, str) else None  # a repeated query key arrives as a list
         if path is None:
-            raise refusal(RunError, f"run {run[:80]!r}", f"it is not among the runs in {self.root.name}/", "pick one from the list of runs")
+            why = f"it is not among the runs in {self.root.name}/"
+            raise refusal(RunError, f"run {str(run)[:80]!r}", why, "pick one from the list of runs")
         card = path / "card.json"
         stamp = card.stat().st_mtime_ns if card.is_file() else 0
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8050, *, token:
     token = token or os.environ.get("HEADSCOPE_TOKEN") or None
     check_host(host, token)
     app = create_app(path, token=token)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a browser asks for more files at once than there are threads
     try:
         server = create_server(app.server, host=host, port=port, threads=THREADS, ident="headscope")
     except OSError as error:

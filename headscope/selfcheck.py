@@ -49,8 +49,7 @@ def check_scope(scope: Scope, tokens: int = 64, seed: int = 0) -> dict[str, Any]
     """Largest error of each statistic against eager attention on random tokens, relative to its own scale.
 
     Returns {"ok", "errors": {name: float}, "tolerance", "model", "tokens", "dtype", "logits_identical"}. Needs a model that can switch to
-    eager
-    attention; the model's own implementation is restored.
+    eager attention; the model's own implementation is restored.
     """
     import torch
 

@@ -17,7 +17,7 @@ denormal or underflows, and either makes a CPU an order of magnitude slower. Hid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,7 +27,7 @@ from headscope.kernels.blocked_rows import ClassMass, RowSums, SinkMass
 from headscope.kernels.counts import eligible_rows, row_counts
 from headscope.kernels.gather import exact_pairs
 from headscope.kernels.geometry import ENTRIES, Geometry, Span
-from headscope.kernels.hiding import Hiding
+from headscope.kernels.parts import run_parts
 from headscope.kernels.scoring import Scoring
 from headscope.kernels.tile import Tile
 from headscope.statistics.partial import PartialStatistics
@@ -35,6 +35,12 @@ from headscope.statistics.partial import PartialStatistics
 if TYPE_CHECKING:
     from headscope.call import AttentionCall
     from headscope.statistics.request import StatisticsRequest
+
+
+MOST_THREADS = 8
+"""Threads that one call is dealt out to; beyond this they wait for the interpreter more than they compute."""
+FEW_ENTRIES = 1 << 20
+"""Entries of A per thread below which one thread does it all."""
 
 
 class Accumulator(Protocol):
@@ -46,20 +52,44 @@ class Accumulator(Protocol):
     def add(self, tile: Tile) -> None:
         """Take in a tile."""
 
+    def merge(self, other: Any) -> None:
+        """Take in what another part of the call gave to an accumulator of the same kind."""
+
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Write the results."""
 
 
-@torch.no_grad()
 def measure_blocked(call: AttentionCall, request: StatisticsRequest) -> PartialStatistics:
-    """Everything in `request.names` for one call; see PartialStatistics for shapes. Inputs are not changed."""
-    out = PartialStatistics(call.query_offset, call.key_offset)
+    """Everything in `request.names` for one call; see PartialStatistics for shapes. Inputs are not changed.
+
+    Row tiles are dealt out to as many threads as torch may use. One operation split over threads is too short to be worth the wait at its end,
+    and every thread adds up its own tiles, so the result depends on the number of threads to rounding but never on their timing.
+    """
     geometry = Geometry(call, request)
-    rows = RowSums(call, request, geometry)
-    families = _families(call, request, geometry)
-    for tile in _tiles(call, request, geometry, rows, families):
-        for family in families:
-            family.add(tile)
+    with torch.no_grad():
+        shared = Scoring(call, request, geometry)
+
+        def run(part: int, parts: int) -> tuple[RowSums, list[Accumulator]]:
+            with torch.no_grad():
+                rows, families = RowSums(call, request, geometry), _families(call, request, geometry)
+                for tile in _tiles(call, request, geometry, shared.part(rows), families, part, parts):
+                    for family in families:
+                        family.add(tile)
+                return rows, families
+
+        parts = min(torch.get_num_threads(), MOST_THREADS, geometry.tiles) if geometry.device.type == "cpu" else 1
+        if geometry.batch * geometry.heads * geometry.rows * geometry.keys < parts * FEW_ENTRIES:
+            parts = 1
+        (rows, families), *others = [run(0, 1)] if parts == 1 else run_parts(run, parts)
+        for more_rows, more_families in others:
+            rows.merge(more_rows)
+            for family, more in zip(families, more_families, strict=True):
+                family.merge(more)
+        return _finish(call, request, rows, families)
+
+
+def _finish(call: AttentionCall, request: StatisticsRequest, rows: RowSums, families: list[Accumulator]) -> PartialStatistics:
+    out = PartialStatistics(call.query_offset, call.key_offset)
     rows.finish(out)
     for family in families:
         family.finish(out, rows)
@@ -90,13 +120,11 @@ def _families(call: AttentionCall, request: StatisticsRequest, geometry: Geometr
 
 
 def _tiles(
-    call: AttentionCall, request: StatisticsRequest, g: Geometry, rows: RowSums, families: list[Accumulator]
+    call: AttentionCall, request: StatisticsRequest, g: Geometry, scoring: Scoring, families: list[Accumulator], part: int, parts: int
 ) -> Iterator[Tile]:
-    """Every tile in turn, its weights computed and its row sums taken. A tile is valid until the next one is asked for."""
-    hiding = Hiding(call, g)
-    scoring = Scoring(call, g, hiding, rows)
+    """Every parts-th row tile in turn, its weights computed and its row sums taken. A tile is valid until the next one is asked for."""
     for streams, b, valid in _groups(call, request, g):
-        for number in range(g.tiles):
+        for number in range(part, g.tiles, parts):
             span = g.span(number, valid)
             if span.begin >= span.end:
                 continue

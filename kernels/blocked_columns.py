@@ -8,7 +8,7 @@ maxima come from the maxima of scores that the row maximum needed anyway. Diagon
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -77,6 +77,17 @@ class ColumnSums:
         column = tile.first_key // self.geometry.unit - self.first_block[1] * self.per_block
         part = grid[tile.heads, row + skip : row + skip + cells.shape[1], column : column + cells.shape[2]]
         how(part, cells, out=part)
+
+    def merge(self, other: Any) -> None:
+        """Add (maxima: compare) the results of another part of the call."""
+        if self.columns is not None:
+            self.columns += other.columns
+        if self.fai is not None:
+            self.fai.sums += other.fai.sums
+        if self.mass is not None:
+            self.mass += other.mass
+        if self.peak is not None:
+            torch.maximum(self.peak, other.peak, out=self.peak)
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Cut to the call's keys; log maxima to weights."""
@@ -172,6 +183,10 @@ class SegmentMass:
         sums = vectors.new_zeros(heads, len(present), self.count + 1).index_add_(-1, of_key, vectors)
         self.sums[tile.heads].index_add_(1, present, sums)
 
+    def merge(self, other: Any) -> None:
+        """Add the sums of another part of the call."""
+        self.sums += other.sums
+
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Drop the keys of no segment."""
         out.maps["segment_mass"] = self.geometry.by_head(self.sums[..., : self.count]).to(self.geometry.dtype)
@@ -200,6 +215,10 @@ class Diagonals:
         vector = torch.bmm(tile.w.unsqueeze(1), tile.diagonal(first, width)).squeeze(1)
         nearest = -(first + width - 1) - self.start + self.slack
         self.sums[tile.heads, nearest : nearest + width].add_(vector.flip(-1))
+
+    def merge(self, other: Any) -> None:
+        """Add the sums of another part of the call."""
+        self.sums += other.sums
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Cut to the distances that exist."""

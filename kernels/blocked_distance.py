@@ -5,15 +5,15 @@ into a band of its nearest keys and the rest:
 
 - the band, a diagonal view of the tile, is copied out as a small matrix whose column j is always the same distance, so all four
   statistics are one product with fixed weights (|d|, d^2, min(|d|, W), |d| < w);
-- then it is set to zero, and what is left lies at least as far away as a sub-block of keys is long. Its moments come from one product per
-  sub-block with (1, o, o^2), o the distance to the sub-block's end, joined in float64 by position relative to the tile.
+- then it is set to zero, and what is left is not near. Its moments come from one product per block of keys with (1, o, o^2), o the distance to
+  the block's end, joined in float64 by position relative to the tile.
 
-Every term is positive, and none is much larger than what it adds up to.
+Blocks are at most twice as long as the band (as long, where keys follow the row), so no term is much larger than what it adds up to.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from headscope.statistics.request import StatisticsRequest
 
 NAMES = ("distance", "distance_sq", "waad", "local_mass")
+NEAR = 64
+"""Shortest band that the moments of the rest need."""
 LONG_BAND = 256
 """Band length from which its product is taken in float64."""
 
@@ -40,9 +42,10 @@ class Distances:
         self.far_mass = request.needs("waad") and not self.moments
         self.far_sides = request.needs("distance") and not g.causal
         last, end = g.q0 + g.rows - 1, g.k0 + g.keys - 1
+        self.far_block = g.unit if g.causal else min(g.unit, NEAR)
         longest = max(last - g.k0, end - g.q0, 0) + 1
         near = max(
-            g.far_block if self.moments else 1,
+            NEAR if self.moments else 1,
             request.local_window if request.needs("local_mass") else 1,
             request.waad_window if request.needs("waad") else 1,
         )
@@ -66,17 +69,18 @@ class Distances:
             self._make_tables()
 
     def _make_tables(self) -> None:
-        """(1, o, o^2) of a sub-block, and the rows that turn its sums into sums of 1, s, s^2 for every sub-block relative to a tile."""
+        """(1, o, o^2) of a block, and what turns its sums into sums of 1, s, s^2 for every block relative to a tile."""
         g = self.geometry
-        o = torch.arange(g.far_block - 1, -1, -1, device=g.device, dtype=g.dtype)
-        self.powers = torch.stack([torch.ones_like(o), o, o * o], -1)
+        o = torch.arange(self.far_block - 1, -1, -1, device=g.device, dtype=g.dtype)
+        # [3, block]: with rows of powers and of results contiguous, the product runs at the speed of reading e
+        self.powers = torch.stack([torch.ones_like(o), o, o * o])
         margin = self.near + self.width + g.tile_rows + 2 * g.unit
-        self.lowest = (g.first_key - margin) // g.far_block - g.tile_start(g.tiles - 1) // g.far_block
-        highest = (g.end_key + margin) // g.far_block - g.first_row // g.far_block
-        end = (torch.arange(self.lowest, highest + 1, device=g.device, dtype=torch.float64) + 1) * g.far_block - 1
+        self.lowest = (g.first_key - margin) // self.far_block - g.tile_start(g.tiles - 1) // self.far_block
+        highest = (g.end_key + margin) // self.far_block - g.first_row // self.far_block
+        end = (torch.arange(self.lowest, highest + 1, device=g.device, dtype=torch.float64) + 1) * self.far_block - 1
         zero, one = torch.zeros_like(end), torch.ones_like(end)
-        # columns: sum e, sum e s, sum e s^2 with s = end - o
-        self.table = torch.stack([one, end, end * end, zero, -one, -2 * end, zero, zero, one], -1).view(-1, 3)
+        # [power of o, block, power of s]: what each adds to sum e, sum e s, sum e s^2, with s = end - o
+        self.table = torch.stack([one, end, end * end, zero, -one, -2 * end, zero, zero, one], -1).view(-1, 3, 3).transpose(0, 1)
         self.ends = end
 
     def margins(self, start: int, first_key: int, n: int) -> tuple[int, int]:
@@ -105,18 +109,25 @@ class Distances:
     def _add_moments(self, tile: Tile) -> None:
         g = self.geometry
         at = (tile.heads, tile.rows)
-        size, blocks = tile.e.shape[1], tile.stride // g.far_block
-        sums = torch.mm(tile.store.view(-1, g.far_block), self.powers).double()
-        base = tile.start // g.far_block
-        first = (tile.first_key - tile.left) // g.far_block - base - self.lowest
-        table = self.table[3 * first : 3 * (first + blocks)]
-        self.far[at] = torch.mm(sums.view(-1, 3 * blocks), table).view(-1, size, 3)
+        size, blocks = tile.e.shape[1], tile.stride // self.far_block
+        sums = torch.empty(3, tile.store.shape[0] * blocks, dtype=g.dtype, device=g.device)
+        torch.mm(tile.store.view(-1, self.far_block), self.powers.t(), out=sums.t())
+        sums = sums.view(3, -1, blocks).double()
+        base = tile.start // self.far_block
+        first = (tile.first_key - tile.left) // self.far_block - base - self.lowest
+        self.far[at] = torch.bmm(sums, self.table[:, first : first + blocks]).sum(0).view(-1, size, 3)
         if self.sides is not None:
-            # a sub-block lies wholly before or wholly after a row, so its part of the distance is one absolute value
-            t = torch.arange(size, device=g.device, dtype=torch.float64) + (tile.start - base * g.far_block)
-            sums = sums.view(-1, size, blocks, 3)
+            # a block lies wholly before or wholly after a row, so its part of the distance is one absolute value
+            t = torch.arange(size, device=g.device, dtype=torch.float64) + (tile.start - base * self.far_block)
             gap = t[:, None] - self.ends[first : first + blocks]
-            self.sides[at] = (gap * sums[..., 0] + sums[..., 1]).abs_().sum(-1)
+            self.sides[at] = torch.addcmul(sums[1].view(-1, size, blocks), gap, sums[0].view(-1, size, blocks)).abs_().sum(-1)
+
+    def merge(self, other: Any) -> None:
+        """Add the sums of another part of the call."""
+        self.band_sums += other.band_sums
+        self.far += other.far
+        if self.sides is not None:
+            self.sides += other.sides
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Join band and rest, divide."""
@@ -124,7 +135,7 @@ class Distances:
         factor = rows.factor()
         band, far = g.own(self.band_sums).double(), g.own(self.far)
         tile_row = torch.arange(g.padded_rows, device=g.device) // g.tile_rows * g.tile_rows + g.first_row
-        t = torch.arange(g.padded_rows, device=g.device) + g.first_row - tile_row // g.far_block * g.far_block
+        t = torch.arange(g.padded_rows, device=g.device) + g.first_row - tile_row // self.far_block * self.far_block
         t = t[g.lead : g.lead + g.rows].double()
         for i, name in enumerate(self.names):
             total = band[..., i]

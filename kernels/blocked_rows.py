@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     from headscope.statistics.request import StatisticsRequest
 
 class RowSums:
-    """Maximum m, Z = sum e, sum e (s - m) and argmax of every row, [B * Hq, padded rows]; the rest follows from them in float64."""
+    """Maximum m, rest of the normaliser, sum e (s - m) and argmax of every row, [B * Hq, padded rows]; all else follows in float64.
+
+    With e = exp(s - m) the normaliser is 1 + `rest`: the row's largest weight is exactly 1 and is kept apart. For a head that puts nearly
+    everything on one key the rest is what entropy is made of, and next to a 1 float32 would round it away.
+    """
 
     def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
         self.call, self.request = call, request
         shape = (g.batch * g.heads, g.padded_rows)
-        self.m = torch.full(shape, float("-inf"), dtype=g.dtype, device=g.device)
-        self.z = torch.ones(shape, dtype=g.dtype, device=g.device)
+        self.m = torch.full(shape, -math.inf, dtype=g.dtype, device=g.device)
+        self.rest = torch.zeros(shape, dtype=g.dtype, device=g.device)
         self.es = torch.zeros(shape, dtype=g.dtype, device=g.device) if request.needs("entropy") else None
         self.argmax = torch.full(shape, -1, dtype=torch.int64, device=g.device) if request.needs("argmax") else None
         self.sinks = None if call.sink_logits is None else call.sink_logits.to(g.device).double().repeat(g.batch)[:, None]
@@ -34,48 +38,54 @@ class RowSums:
         self._lines = torch.arange(1, device=g.device)
         self._blocks = -1
 
-    def add(self, tile: Tile, bounded: bool) -> Tensor:
-        """Take in a tile whose m, z and es are set; gives its `f`, [heads, R]. `bounded`: every row is known to see a key."""
-        at = (tile.heads, tile.rows)
-        if bounded:
-            self.m[at] = tile.m.squeeze(-1)
-        if self.argmax is not None:
-            self.argmax[at] = self._first_maximum(tile)
-        if self.sinks is None:
-            f = self.z[at].reciprocal()
-        else:
-            f = (self.z[at].double() + torch.exp(self.sinks[tile.heads] - tile.m.squeeze(-1).double())).reciprocal_().to(self.geometry.dtype)
-        return f if bounded else f.masked_fill_(self.m[at] == float("-inf"), 0.0)
-
-    def _first_maximum(self, tile: Tile) -> Tensor:
-        """Absolute position of the first key with the row's largest weight, [heads, R].
-
-        The first block whose largest score is the row's, and in it the first weight of 1 (the others round down to 0); ramp falls with the
-        key, so that its largest value marks the first hit.
-        """
-        g = self.geometry
+    def add(self, tile: Tile, masses: Tensor, bounded: bool) -> Tensor:
+        """Take in a tile; gives its `f`, [heads, R]. `masses` [heads, R, n / unit]: sum e per key block, which is used up; `bounded`: every row is
+        known to see a key."""
+        g, at = self.geometry, (tile.heads, tile.rows)
         lines, blocks = tile.store.shape[0], tile.stride // g.unit
-        which = tile.maxima.argmax(-1)
         if self._lines.shape[0] != lines or self._blocks != blocks:
             self._lines, self._blocks = torch.arange(lines, device=g.device) * blocks, blocks
+        # the first block whose largest score is the row's, and in it the first weight of 1: the others round down to 0, and the ramp falls
+        # with the key, so that its largest value marks the first hit
+        which = tile.maxima.argmax(-1, keepdim=True)
         flat = (which.view(-1) + self._lines).add_(tile.left // g.unit)
-        hits = tile.store.view(-1, g.unit).index_select(0, flat).floor_().mul_(self._ramp)
-        offset = g.unit - hits.amax(-1).to(torch.int64)
-        return which.mul_(g.unit).add_(offset.view_as(which)).add_(tile.first_key)
+        block = tile.store.view(-1, g.unit).index_select(0, flat)
+        offset = (g.unit - block.floor().mul_(self._ramp).amax(-1, keepdim=True)).to(torch.int64).clamp_(0, g.unit - 1)
+        if self.argmax is not None:
+            self.argmax[at] = (which * g.unit + offset.view_as(which)).add_(tile.first_key).squeeze(-1)
+        masses.scatter_(-1, which, block.scatter_(1, offset, 0.0).sum(-1).view_as(which))
+        rest = masses.sum(-1)
+        self.rest[at] = rest
+        if bounded:
+            self.m[at] = tile.m.squeeze(-1)
+        if self.sinks is None:
+            f = rest.add_(1.0).reciprocal_()
+        else:
+            f = (rest.double() + 1.0 + torch.exp(self.sinks[tile.heads] - tile.m.squeeze(-1).double())).reciprocal_().to(g.dtype)
+        return f if bounded else f.masked_fill_(self.m[at] == -math.inf, 0.0)
+
+    def merge(self, other: RowSums) -> None:
+        """Take over the rows of another part of the call."""
+        torch.maximum(self.m, other.m, out=self.m)
+        self.rest += other.rest
+        if self.es is not None and other.es is not None:
+            self.es += other.es
+        if self.argmax is not None and other.argmax is not None:
+            torch.maximum(self.argmax, other.argmax, out=self.argmax)
 
     def seen(self) -> Tensor:
         """[B, Hq, Nq] bool: the row sees a key."""
-        return self.geometry.own(self.m) > float("-inf")
+        return self.geometry.own(self.m) > -math.inf
 
     def lse(self) -> Tensor:
         """ln of the normaliser, sink logit included, [B, Hq, Nq] float64; NaN on rows that do not count."""
-        lse = self._mask(self.geometry.own(self.m.double() + self.z.double().log()))
+        lse = self._mask(self.geometry.own(self.m.double() + self.rest.double().log1p()))
         return lse if self.sinks is None else torch.logaddexp(lse, self._sink())
 
     def factor(self) -> Tensor:
         """1 / normaliser in units of exp(m), [B, Hq, Nq] float64; NaN on rows that do not count."""
         if self.sinks is None:
-            return self._mask(self.geometry.own(self.z.double())).reciprocal()
+            return self._mask(self.geometry.own(self.rest.double()) + 1.0).reciprocal()
         return torch.exp(self.geometry.own(self.m).double() - self.lse())
 
     def put(self, out: PartialStatistics, name: str, value: Tensor) -> None:
@@ -92,9 +102,9 @@ class RowSums:
             if request.needs("sink_logit_mass"):
                 self.put(out, "sink_logit_mass", lse * 0.0 if self.sinks is None else torch.exp(self._sink() - lse))
         if self.es is not None:
-            z, factor = g.own(self.z).double(), self.factor()
-            gap = z.log() if self.sinks is None else self.lse() - g.own(self.m).double()
-            self.put(out, "entropy", (factor * (gap * z - g.own(self.es).double())).clamp_min(0.0))
+            rest, factor = g.own(self.rest).double(), self.factor()
+            gap = rest.log1p() if self.sinks is None else self.lse() - g.own(self.m).double()
+            self.put(out, "entropy", factor * (gap * (rest + 1.0) - g.own(self.es).double()))
         if request.needs("row_max"):
             self.put(out, "row_max", self.factor())
         if self.argmax is not None:
@@ -133,6 +143,10 @@ class SinkMass:
         if begin < end:
             torch.sum(tile.e[..., begin:end], -1, out=self.sums[tile.heads, tile.rows])
 
+    def merge(self, other: Any) -> None:
+        """Add the sums of another part of the call."""
+        self.sums += other.sums
+
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Divide."""
         rows.put(out, "sink_mass", self.geometry.own(self.sums).double() * rows.factor())
@@ -163,6 +177,10 @@ class ClassMass:
         weights = tile.matrices(total)[0].view(total, blocks, g.unit).transpose(0, 1)
         masses = torch.bmm(weights, table[first : first + tile.n].view(blocks, g.unit, -1)).sum(0, dtype=torch.float64)
         self.sums[tile.heads, tile.rows] = masses.view(*tile.f.shape, -1)
+
+    def merge(self, other: Any) -> None:
+        """Add the sums of another part of the call."""
+        self.sums += other.sums
 
     def finish(self, out: PartialStatistics, rows: RowSums) -> None:
         """Divide."""

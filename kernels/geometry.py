@@ -26,10 +26,6 @@ MOST_ENTRIES = 1 << 21
 """Entries per tile of one stream at which the number of rows is halved."""
 ROWS = 128
 UNIT = 128
-FAR_BLOCK = 64
-"""Keys per sub-block of the far moments (see blocked_distance)."""
-
-
 class Span(NamedTuple):
     """Keys that some row of a tile can see: indices [begin, end) into the call's keys."""
 
@@ -50,7 +46,6 @@ class Geometry:
         self.causal, self.window = call.mask.causal, call.mask.window
         self.q0, self.k0 = call.query_offset, call.key_offset
         self.unit = min(request.block, UNIT) if request.needs("block_mass", "block_max") else UNIT
-        self.far_block = min(FAR_BLOCK, self.unit)
         reach = self.keys if self.window is None else min(self.keys, self.window * (1 if self.causal else 2) + ROWS)
         size = 1
         while size < min(self.rows, ROWS):

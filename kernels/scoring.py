@@ -1,18 +1,19 @@
 """Scores to weights for one tile, in strips of a few heads that stay in the cache from the product to the sums.
 
 One strip of scores is written by a matrix product, reduced to its maxima, shifted, cut, exponentiated into the tile, and overwritten by its
-product with the weights for the entropy. Two masses that float32 would round away are kept apart from the row's largest weight, which is
-exactly 1: the sum of all the other weights (`rest`) decides the entropy of a head that puts nearly everything on one key.
+product with the weights for the entropy.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
 
 from headscope.kernels import geometry as tuning
 from headscope.kernels.counts import eligible_rows
+from headscope.kernels.hiding import Hiding
 from headscope.kernels.tile import Tile
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from headscope.call import AttentionCall
     from headscope.kernels.blocked_rows import RowSums
     from headscope.kernels.geometry import Geometry, Span
-    from headscope.kernels.hiding import Hiding
+    from headscope.statistics.request import StatisticsRequest
 
 FLOOR = {torch.float32: -70.0, torch.float64: -700.0}
 """Smallest score - row maximum that is told apart: its exponential, times a normaliser, is still a normal number."""
@@ -30,14 +31,18 @@ FLOOR = {torch.float32: -70.0, torch.float64: -700.0}
 class Scoring:
     """Makes tiles. Holds the queries (scaled, in tiles), the keys in the dtype of the sums, and the memory that tiles reuse."""
 
-    def __init__(self, call: AttentionCall, geometry: Geometry, hiding: Hiding, rows: RowSums) -> None:
+    rows: RowSums
+    _store: Tensor
+    _strip: Tensor
+
+    def __init__(self, call: AttentionCall, request: StatisticsRequest, geometry: Geometry) -> None:
         g = self.geometry = geometry
-        self.call, self.hiding, self.rows = call, hiding, rows
+        self.call, self.hiding = call, Hiding(call, geometry)
         self.q = g.queries(call, call.scale if call.softcap is None else call.scale / call.softcap)
         k = call.k.to(g.dtype)
         k = k if k.stride(-1) == 1 else k.contiguous()
         self.k = [k[s // g.kv_heads, s % g.kv_heads].t() for s in range(g.streams)]
-        eligible = eligible_rows(call, rows.request)
+        eligible = eligible_rows(call, request)
         counting = torch.zeros(g.batch, g.padded_rows, dtype=torch.bool, device=g.device)
         counting[:, g.lead : g.lead + g.rows] = True if eligible is None else eligible
         self.whole: list[list[bool]] = counting.view(g.batch, g.tiles, g.tile_rows).all(-1).tolist()
@@ -45,7 +50,12 @@ class Scoring:
         mask = call.mask
         self.hides = mask.key_valid is not None or mask.query_segments is not None or mask.allowed is not None or mask.bias is not None
         self.floor = FLOOR[g.dtype]
-        self._store = self._strip = torch.empty(0, dtype=g.dtype, device=g.device)
+    def part(self, rows: RowSums) -> Scoring:
+        """The same queries and keys, with memory of its own, for the tiles whose sums go to `rows`."""
+        mine = copy(self)
+        mine.rows = rows
+        mine._store = mine._strip = torch.empty(0, dtype=self.geometry.dtype, device=self.geometry.device)
+        return mine
 
     def tile(self, number: int, heads: slice, b: int | None, first_key: int, n: int, span: Span, left: int, right: int) -> Tile:
         """A tile of the given heads (of B * Hq), row tile, and keys, with its weights, maxima and row sums."""
@@ -65,10 +75,11 @@ class Scoring:
         maxima = torch.empty(count, size, n // g.unit, dtype=g.dtype, device=g.device)
         m = torch.empty(count, size, 1, dtype=g.dtype, device=g.device)
         tile = Tile(heads, b, at, g.tile_start(number), first_key, n, span, left, right, patches, store, e, maxima, m, m, m)
+        masses = torch.empty_like(maxima)
         bounded = self._sees_something(number, span)
         for first, last in self._strips(count, size * n):
-            self._weigh(tile, number, first, last, of_batch, bounded)
-        tile.f = rows.add(tile, bounded)
+            self._weigh(tile, masses[first:last], number, first, last, of_batch, bounded)
+        tile.f = rows.add(tile, masses, bounded)
         whole = self.whole[b][number] if b is not None else all(row[number] for row in self.whole)
         tile.w = tile.f if whole else tile.f * self.counting[heads, at]
         return tile
@@ -82,7 +93,7 @@ class Scoring:
             return [(first, min(first + step, count)) for first in range(0, count, step)]
         return [(s + g, min(s + g + many, s + group)) for s in range(0, count, group) for g in range(0, group, many)]
 
-    def _weigh(self, tile: Tile, number: int, first: int, last: int, of_batch: slice, bounded: bool) -> None:
+    def _weigh(self, tile: Tile, masses: Tensor, number: int, first: int, last: int, of_batch: slice, bounded: bool) -> None:
         """One strip: scores, maxima, weights, and the two sums over keys."""
         g, rows = self.geometry, self.rows
         size, n, count = g.tile_rows, tile.n, last - first
@@ -105,7 +116,7 @@ class Scoring:
             patch.hide_weights(e, first)
         if rows.es is not None:
             torch.sum(x.mul_(e), -1, out=rows.es[at])
-        torch.sum(e, -1, out=rows.z[at])
+        torch.sum(e.unflatten(-1, (-1, g.unit)), -1, out=masses)
 
     def _score(self, tile: Tile, number: int, x: Tensor, first: int, of_batch: slice) -> None:
         """q k^T of a strip, soft-capped and biased; columns outside of the tile's span are left as they are."""

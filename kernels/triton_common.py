@@ -163,3 +163,29 @@ def tile_ranges(b_lo, b_hi, floor, a_min, a_max, b_origin, n_other, near, shift,
         g0 = f0
         g1 = f0
     return begin, f0, f1, g0, g1, end
+
+
+@triton.jit
+def moments(b_p, behind, SQUARE: tl.constexpr, ONE_SIDED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Row sums of p, p j and p j^2 over [R, C], j the distance within the tile from its key nearest to the row (the last one if `behind`).
+
+    j = 8 i + c: the sums over i stay inside a thread and their factors are constants of the instruction, where a vector of all j
+    would hold a register per column. The second moment is 0 unless SQUARE.
+    """
+    b_3 = tl.reshape(b_p, [R, C // 8, 8])
+    o_i = tl.arange(0, C // 8)
+    o_c = tl.arange(0, 8)
+    if ONE_SIDED:
+        b_i = (C // 8 - 1 - o_i).to(tl.float32)[None, :, None]
+        b_c = (7 - o_c).to(tl.float32)[None, :]
+    else:
+        b_i = tl.where(behind, C // 8 - 1 - o_i, o_i).to(tl.float32)[None, :, None]
+        b_c = tl.where(behind, 7 - o_c, o_c).to(tl.float32)[None, :]
+    # [R, 8]
+    b_0 = tl.sum(b_3, 1)
+    b_1 = tl.sum(b_3 * b_i, 1)
+    b_s2 = tl.zeros([R], tl.float32)
+    if SQUARE:
+        b_2 = tl.sum(b_3 * (b_i * b_i), 1)
+        b_s2 = tl.sum(64.0 * b_2 + b_c * (16.0 * b_1 + b_c * b_0), 1)
+    return tl.sum(b_0, 1), tl.sum(8.0 * b_1 + b_c * b_0, 1), b_s2

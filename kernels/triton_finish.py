@@ -2,8 +2,9 @@
 
 `finish_kernel` joins the pieces of a row that was split over several programs (decode: one query, 131,072 keys), divides by the
 normaliser, adds a learned sink logit to it, and writes NaN on rows that are padding or see no key: a zero there would be averaged in
-without a trace. `argmax_kernel` looks again at the tile in which sweep 1 saw a row's largest score. Rows of one query tile mostly share a
-few such tiles (the first tokens, the diagonal), so this costs a few tiles per row instead of an index carried through all of them.
+without a trace. `argmax_kernel` looks again at the tile in which sweep 1 saw a row's largest score. It is given the rows in the order of
+their winning tiles, so that a program needs one or two tiles for all of its rows: N / BM tiles per head, instead of an index carried
+through all N^2 entries.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
                   GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr, WAAD: tl.constexpr,
                   SINK: tl.constexpr, LOCAL: tl.constexpr, WIN: tl.constexpr, CLASSES: tl.constexpr, SINK_LOGITS: tl.constexpr,
                   BR: tl.constexpr):
-    """In place in the first split of `raw`: slot 0 becomes the lse in nats, slot 1 the largest weight, the others their statistic."""
+    """GIVEN: 0 running references, 1 the lse was given and slot 1 is the largest exponent, 2 the same with the largest weight in slot 1.
+
+    In place in the first split of `raw`: slot 0 becomes the lse in nats, slot 1 the largest weight, the others their statistic."""
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_r = o_r < n_rows
     i_bh = o_r // Nq
@@ -97,7 +100,9 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
         m_live = m_live & (tl.abs(b_ref) < float("inf"))
         b_lse = b_ref
         b_part = tl.full([BR], 1.0, tl.float32)
-        b_peak = tl.exp2(b_one)
+        b_peak = b_one
+        if GIVEN == 1:
+            b_peak = tl.exp2(b_one)
         b_x = -b_x
     else:
         m_live = m_live & (b_one > 0)
@@ -142,28 +147,35 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
 
 
 @triton.jit(
-    do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "stride_ib", "Hq", "group"]
+    do_not_specialize=["Nq", "Nk", "k_offset", "k_shift", "stride_ib", "Hq", "group"]
 )
-def argmax_kernel(q, k, win, argmax, lo, hi, key_valid, q_segments, k_segments, allowed, bias,
+def argmax_kernel(q, k, win, order, argmax, lo, hi, key_valid, q_segments, k_segments, allowed, bias,
                   stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_ib,
                   stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk,
-                  scale2, slope, cap2, Hq, group, Nq, Nk, q_offset, k_offset, q_shift, k_shift,
+                  scale2, slope, cap2, Hq, group, Nq, Nk, k_offset, k_shift,
                   ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   TMA: tl.constexpr, UPCAST: tl.constexpr):
-    """Absolute position of the first largest score of every row, given the number of the key tile it lies in. -1 where there is none."""
+    """Absolute position of the first largest score of every row, given the number of the key tile it lies in; -1 where there is none.
+
+    `order` [B, Hq, Nq] int64: the head's rows sorted by `win`.
+    """
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b = i_bh // Hq
     i_h = i_bh % Hq
     i_kh = i_h // group
-    o_q = i_q * BM - q_shift
-    b_rows = o_q + tl.arange(0, BM)
-    m_r = (b_rows >= 0) & (b_rows < Nq)
+    o_r = i_q * BM + tl.arange(0, BM)
+    m_r = o_r < Nq
+    b_rows = tl.load(order + i_bh.to(tl.int64) * Nq + o_r, mask=m_r, other=0)
     b_lo = tl.load(lo + i_b.to(tl.int64) * stride_ib + b_rows, mask=m_r, other=0)
     b_hi = tl.load(hi + i_b.to(tl.int64) * stride_ib + b_rows, mask=m_r, other=0)
     o_row = i_bh.to(tl.int64) * Nq + b_rows
     b_win = tl.load(win + o_row, mask=m_r, other=8388608.0).to(tl.int32)
-    b_q = load_tile(q, i_b, i_h, o_q, Nq, stride_qb, stride_qh, stride_qn, stride_qd, D, DP, BM, TMA, UPCAST)
+    o_d = tl.arange(0, DP)
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + b_rows[:, None] * stride_qn + o_d[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
     b_arg = tl.full([BM], -1, tl.int64)
     i_k = tl.min(b_win)
     while i_k < 8388608:

@@ -18,13 +18,23 @@ from headscope.kernels.triton_common import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """How a kernel is launched: BM query rows by BN keys per tile, warps and software-pipelining stages, tensor descriptors or pointers."""
+    """How a kernel is launched: query rows by keys per tile, warps and software-pipelining stages, tensor descriptors or pointers.
+
+    `registers` caps a thread's registers, so that one more program fits a multiprocessor; None leaves it to the compiler.
+    """
 
     rows: int
     keys: int
     warps: int = 4
     stages: int = 2
     descriptors: bool = False
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        chosen = {"num_warps": self.warps, "num_stages": self.stages}
+        return chosen if self.registers is None or INTERPRETED else {**chosen, "maxnreg": self.registers}
 
 
 class _Row(NamedTuple):

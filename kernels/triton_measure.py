@@ -14,13 +14,15 @@ fill them with NaN first (`POISON`), and a forgotten element fails them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from headscope.kernels.triton_columns import columns_kernel
-from headscope.kernels.triton_common import INTERPRETED, LN2, LOG2E
+from headscope.kernels.triton_common import INTERPRETED, LOG2E
 from headscope.kernels.triton_finish import argmax_kernel, finish_kernel
+from headscope.kernels.triton_fused import fused_kernel
 from headscope.kernels.triton_gather import pairs_kernel, window_kernel
 from headscope.kernels.triton_launch import Tile, processors, tile_for
 from headscope.kernels.triton_rows import rows_kernel
@@ -104,6 +106,7 @@ class _Row:
     raw: Tensor
     slots: dict[str, int]
     classes: Tensor | None
+    argmax: Tensor | None
 
 
 class _Run:
@@ -184,12 +187,15 @@ class _Run:
         lse = self._given()
         hot = set(row_names) - {"lse", "sink_logit_mass"}
         if lse is None or hot or output:
-            fused = column_names if lse is not None and hot else ()
-            row, columns = self._sweep_rows(row_names, fused, lse, output)
+            # a learned sink may leave every weight of a row too small for float32: the fused pass then could not tell which is the largest
+            if lse is not None and hot and column_names and not output and "class_mass" not in names and call.sink_logits is None:
+                row, made = self._sweep_both(row_names, column_names, lse)
+                self._take_columns(result, made)
+                column_names = ()
+            else:
+                row = self._sweep_rows(row_names, lse, output)
             lse = row.raw[0, 0]
             self._take_rows(result, row, row_names)
-            self._take_columns(result, columns, fused)
-            column_names = tuple(name for name in column_names if name not in fused)
         else:
             if "lse" in names:
                 result.rows["lse"] = lse
@@ -198,7 +204,7 @@ class _Run:
             mass = torch.exp((torch.full_like(lse[0, :, :1], -torch.inf) if sinks is None else sinks.to(lse).view(-1, 1)) - lse)
             result.rows["sink_logit_mass"] = mass
         if column_names or crossing:
-            self._take_columns(result, self._sweep_columns(column_names + crossing, lse), column_names + crossing)
+            self._take_columns(result, self._sweep_columns(column_names + crossing, lse))
         if request.needs("column_sum", "sink_importance", "fai"):
             self._count(result, lse)
         if request.needs("pairs"):
@@ -214,76 +220,100 @@ class _Run:
         lse = given.to(torch.float32).reshape(self.batch, self.heads, self.rows)
         return torch.where((self.seen.hi > self.seen.lo)[:, None], lse, torch.nan)
 
-    def _sweep_rows(self, names: tuple[str, ...], columns: tuple[str, ...], lse: Tensor | None, output: bool) -> tuple[_Row, dict[str, Tensor]]:
+    def _sweep_rows(self, names: tuple[str, ...], lse: Tensor | None, output: bool) -> _Row:
         call, request = self.call, self.request
         assert request is not None
         if output and call.v is None:
             raise ValueError("attention() reads call.v, and this call has none")
-        kind = "out" if output else "fused" if columns else "rows"
-        tile = tile_for(kind, call.q.device, call.q.dtype, self.width)
-        cell, q_shift, k_shift, cells_q, cells_k = self.cell(tile, columns)
-        slots = {name: 2 + i for i, name in enumerate(name for name in _SLOTS if name in names)}
-        argmax = "argmax" in names
-        if argmax:
-            slots["win"] = 2 + len(slots)
+        tile = tile_for("out" if output else "rows", call.q.device, call.q.dtype, self.width)
+        slots = self._slots(names)
         classes = max(16, _padded(request.classes)) if "class_mass" in names else 0
-        programs = _cdiv(self.rows + q_shift, tile.rows)
-        splits = self._splits(programs * self.batch * self.heads, tile) if not output and not columns else 1
+        programs = _cdiv(self.rows, tile.rows)
+        splits = 1 if output else self._splits(programs * self.batch * self.heads, tile)
         raw = _empty(call.q, splits, 2 + len(slots), self.batch, self.heads, self.rows)
         class_raw = _empty(call.q, splits, self.batch, self.heads, self.rows, classes) if classes else None
-        made = self._column_buffers(columns, cells_q, cells_k, zero=True)
         if output:
             assert call.v is not None
             self.out = _poisoned(torch.empty(self.batch, self.heads, self.rows, call.v.shape[3], dtype=call.v.dtype, device=call.v.device))
         v, out = (call.q, call.q) if self.out is None or call.v is None else (call.v, self.out)
         tma = tile.descriptors and _describable(call.q) and _describable(call.k) and (not output or _describable(v))
-        dummy = raw
         labels = _by_position(request.labels, call.key_offset, self.keys, -1, raw.device).to(torch.int32) if classes else self.seen.lo
-        first = torch.zeros(1, dtype=torch.int64, device=raw.device) if call.first_token is None else call.first_token.to(raw.device)
-        weight = None if self.counted is None or not columns else self.counted.to(torch.float32).contiguous()
-        reference = dummy if lse is None else self._reference(lse, None)
-        lo, hi = request.fai_band
-        sinks = None if call.sink_logits is None else call.sink_logits.to(raw.device, torch.float32).contiguous()
+        sinks, first = self._sinks(), self._first()
         rows_kernel[(programs, self.batch * self.heads, splits)](
-            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), _operand(v, tile.keys, tma), reference,
-            dummy if sinks is None else sinks, self.seen.lo, self.seen.hi, self.seen.dense, first, dummy if weight is None else weight, *self.mask_pointers()[2:], labels,
-            raw, dummy if class_raw is None else class_raw, out,
-            *(made.get(name, dummy) for name in ("column_sum", "fai", "block_mass", "block_max")),
-            *call.q.stride(), *call.k.stride(), *v.stride(), *out.stride()[:3],
-            batched(self.seen.lo), batched(self.seen.dense), 0 if first.numel() == 1 else 1, 0 if weight is None else batched(weight),
-            *self.mask_strides()[1:], batched(labels), raw.shape[1],
+            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), _operand(v, tile.keys, tma),
+            raw if lse is None else self._reference(lse, None), raw if sinks is None else sinks,
+            self.seen.lo, self.seen.hi, self.seen.dense, first, *self.mask_pointers()[2:], labels,
+            raw, raw if class_raw is None else class_raw, out, *call.q.stride(), *call.k.stride(), *v.stride(), *out.stride()[:3],
+            batched(self.seen.lo), batched(self.seen.dense), batched(first), *self.mask_strides()[1:], batched(labels), raw.shape[1],
+            *self.scales, self.heads, call.group, self.rows, self.keys, call.query_offset, call.key_offset, self.near(names),
+            request.sink_tokens, request.local_window, request.waad_window, splits,
+            GIVEN=lse is not None, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, ROWMAX="row_max" in names, WIN=slots.get("win", -1),
+            CLASSES=classes, OUT=output, ELEMENT=self.seen.element, SOFTCAP=self.softcap, CAUSAL=call.mask.causal,
+            D=self.width, DP=_padded(self.width), DV=v.shape[3], DVP=_padded(v.shape[3]), BM=tile.rows, BN=tile.keys,
+            SINK_LOGITS=sinks is not None, TMA=tma, UPCAST=self.upcast, **tile.options,
+        )  # fmt: skip
+        return self._finish(raw, class_raw, slots, splits, 0 if lse is None else 1, tile, tma, 0)
+
+    def _sweep_both(self, names: tuple[str, ...], columns: tuple[str, ...], lse: Tensor) -> tuple[_Row, dict[str, Tensor]]:
+        call, request = self.call, self.request
+        assert request is not None
+        tile = tile_for("fused", call.q.device, call.q.dtype, self.width)
+        cell, q_shift, k_shift, cells_q, cells_k = self.cell(tile, columns)
+        slots = self._slots(names)
+        raw = torch.zeros(1, 2 + len(slots), self.batch, self.heads, self.rows, device=call.q.device)
+        peaked = "argmax" in names or "row_max" in names
+        peak = torch.zeros(self.batch, self.heads, self.rows, dtype=torch.int64, device=call.q.device) if peaked else raw
+        made = self._column_buffers(columns, cells_q, cells_k)
+        tma = tile.descriptors and _describable(call.q) and _describable(call.k)
+        weight = None if self.counted is None else self.counted.to(torch.float32).contiguous()
+        reference, first = self._reference(lse, None), self._first()
+        lo, hi = request.fai_band
+        fused_kernel[(_cdiv(self.keys + k_shift, tile.keys), self.batch * self.heads)](
+            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), reference, self.seen.key_lo, self.seen.key_hi, self.seen.dense,
+            first, raw if weight is None else weight, raw, peak,
+            *(made.get(name, raw) for name in ("column_sum", "fai", "block_mass", "block_max")),
+            *call.q.stride(), *call.k.stride(), batched(self.seen.key_lo), batched(self.seen.dense), batched(first),
+            0 if weight is None else batched(weight), self.batch * self.heads * self.rows,
             *self.scales, self.heads, call.group, self.rows, self.keys, call.query_offset, call.key_offset, q_shift, k_shift,
             self.near(names + columns), request.sink_tokens, request.local_window, request.waad_window, lo, FAR if hi is None else hi,
-            splits, cells_q, cells_k,
-            GIVEN=lse is not None, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, ROWMAX="row_max" in names, WIN=slots.get("win", -1),
-            CLASSES=classes, OUT=output, COLUMNS="column_sum" in made, FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made,
-            TOP="block_max" in made, CELL=cell, RESTRICT=weight is not None, ELEMENT=self.seen.element, SOFTCAP=self.softcap,
-            CAUSAL=call.mask.causal, D=self.width, DP=_padded(self.width), DV=v.shape[3], DVP=_padded(v.shape[3]),
-            BM=tile.rows, BN=tile.keys, SINK_LOGITS=sinks is not None, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=tile.stages,
+            cells_q, cells_k, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, PEAK=peaked, COLUMNS="column_sum" in made,
+            FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made, TOP="block_max" in made, CELL=cell,
+            RESTRICT=weight is not None, SOFTCAP=self.softcap, CAUSAL=call.mask.causal, D=self.width, DP=_padded(self.width),
+            BM=tile.rows, BN=tile.keys, W=min(4, tile.rows // 16), TMA=tma, UPCAST=self.upcast, **tile.options,
         )  # fmt: skip
-        n_rows = self.batch * self.heads * self.rows
-        finish_kernel[(_cdiv(n_rows, 128 if not classes else 32),)](
-            raw, dummy if class_raw is None else class_raw, self.seen.lo, self.seen.hi, dummy if sinks is None else sinks, batched(self.seen.lo),
-            raw.shape[1], self.heads, self.rows, n_rows, splits,
-            GIVEN=lse is not None, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, WIN=slots.get("win", -1), CLASSES=classes,
-            SINK_LOGITS=sinks is not None, BR=128 if not classes else 32, num_warps=4,
-        )  # fmt: skip
-        if argmax:
-            self._argmax(raw[0, slots["win"]], tile, tma, q_shift, k_shift, raw)
-        return _Row(raw, slots, class_raw), made
+        raw[0, 0] = reference
+        if peaked:
+            raw[0, 1] = (peak >> 32).to(torch.int32).view(torch.float32)
+        if "win" in slots:
+            raw[0, slots["win"]] = torch.where(peak == 0, 1 << 23, (1 << 31) - 1 - (peak & 0xFFFFFFFF)).to(torch.float32)
+        return self._finish(raw, None, slots, 1, 2, tile, tma, k_shift), made
 
-    def _argmax(self, win: Tensor, tile: Tile, tma: bool, q_shift: int, k_shift: int, raw: Tensor) -> None:
-        call = self.call
-        self.argmax = torch.empty(self.batch, self.heads, self.rows, dtype=torch.int64, device=raw.device)
-        if POISON:
-            self.argmax.fill_(-7)
-        lo, hi, *element = self.mask_pointers()
-        argmax_kernel[(_cdiv(self.rows + q_shift, tile.rows), self.batch * self.heads)](
-            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), win, self.argmax, lo, hi, *element,
-            *call.q.stride(), *call.k.stride(), *self.mask_strides(), *self.scales, self.heads, call.group, self.rows, self.keys,
-            call.query_offset, call.key_offset, q_shift, k_shift, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width,
-            DP=_padded(self.width), BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=tile.stages,
+    def _finish(self, raw: Tensor, class_raw: Tensor | None, slots: dict[str, int], splits: int, given: int, tile: Tile, tma: bool,
+                k_shift: int) -> _Row:  # fmt: skip
+        """Values from accumulators, and the winning keys from the winning tiles."""
+        n_rows, block = self.batch * self.heads * self.rows, 128 if class_raw is None else 32
+        sinks = self._sinks()
+        finish_kernel[(_cdiv(n_rows, block),)](
+            raw, raw if class_raw is None else class_raw, self.seen.lo, self.seen.hi, raw if sinks is None else sinks, batched(self.seen.lo),
+            raw.shape[1], self.heads, self.rows, n_rows, splits,
+            GIVEN=given, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, WIN=slots.get("win", -1),
+            CLASSES=0 if class_raw is None else class_raw.shape[-1], SINK_LOGITS=sinks is not None, BR=block, num_warps=4,
         )  # fmt: skip
+        argmax = None
+        if "win" in slots:
+            call, win = self.call, raw[0, slots["win"]]
+            order = torch.sort(win, dim=-1).indices
+            argmax = torch.empty(self.batch, self.heads, self.rows, dtype=torch.int64, device=raw.device)
+            if POISON:
+                argmax.fill_(-7)
+            lo, hi, *element = self.mask_pointers()
+            argmax_kernel[(_cdiv(self.rows, tile.rows), self.batch * self.heads)](
+                call.q, _operand(call.k, tile.keys, tma), win, order, argmax, lo, hi, *element,
+                *call.q.stride(), *call.k.stride(), *self.mask_strides(), *self.scales, self.heads, call.group, self.rows, self.keys,
+                call.key_offset, k_shift, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=_padded(self.width),
+                BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=1,
+            )  # fmt: skip
+        return _Row(raw, slots, class_raw, argmax)
 
     def _sweep_columns(self, names: tuple[str, ...], lse: Tensor) -> dict[str, Tensor]:
         call, request = self.call, self.request
@@ -292,7 +322,7 @@ class _Run:
         if "diagonal_sum" in names and tile.keys > tile.rows:
             tile = tile._replace(keys=tile.rows)
         cell, q_shift, k_shift, cells_q, cells_k = self.cell(tile, names)
-        made = self._column_buffers(names, cells_q, cells_k, zero=False)
+        made = self._column_buffers(names, cells_q, cells_k)
         start, length = self._diagonal_range()
         segments = request.segment_count if "segment_mass" in names else 0
         if "diagonal_sum" in names:
@@ -317,7 +347,7 @@ class _Run:
             COLUMNS="column_sum" in made, FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made, TOP="block_max" in made,
             CELL=cell, DIAGONAL="diagonal_sum" in made, SEGMENTED=segments > 0, GUARD=call.mask.query_valid is not None, ELEMENT=self.seen.element, SOFTCAP=self.softcap,
             CAUSAL=call.mask.causal, D=self.width, DP=_padded(self.width), BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options,
         )  # fmt: skip
         return made
 
@@ -348,12 +378,25 @@ class _Run:
         keep = lse == lse if counted is None else (lse == lse) & counted[:, None]
         return torch.where(keep, lse * LOG2E, torch.inf).contiguous()
 
-    def _column_buffers(self, names: tuple[str, ...], cells_q: int, cells_k: int, zero: bool) -> dict[str, Tensor]:
+    def _slots(self, names: tuple[str, ...]) -> dict[str, int]:
+        """Where in `raw` each statistic is accumulated; "win" is the number of the key tile with the row's largest score."""
+        slots = {name: 2 + i for i, name in enumerate(name for name in _SLOTS if name in names)}
+        return {**slots, "win": 2 + len(slots)} if "argmax" in names else slots
+
+    def _sinks(self) -> Tensor | None:
+        sinks = self.call.sink_logits
+        return None if sinks is None else sinks.to(self.call.q.device, torch.float32).contiguous()
+
+    def _first(self) -> Tensor:
+        """[B or 1, 1] int64: absolute position of each sequence's first real token."""
+        first = self.call.first_token
+        return _zero(self.call.q.device) if first is None else first.to(self.call.q.device).view(-1, 1)
+
+    def _column_buffers(self, names: tuple[str, ...], cells_q: int, cells_k: int) -> dict[str, Tensor]:
         made = {}
         for name in ("column_sum", "fai"):
             if name in names or (name == "column_sum" and "sink_importance" in names):
-                made[name] = torch.zeros(self.batch, self.heads, self.keys, device=self.call.q.device) if zero else \
-                    _empty(self.call.q, self.batch, self.heads, self.keys)  # fmt: skip
+                made[name] = _empty(self.call.q, self.batch, self.heads, self.keys)
         for name in ("block_mass", "block_max"):
             if name in names:
                 # tiles in which nothing is visible are never visited: their cells stay zero
@@ -375,14 +418,12 @@ class _Run:
         for name in _SLOTS:
             if name in names:
                 result.rows[name] = row.raw[0, row.slots[name]]
-        if "argmax" in names:
-            result.rows["argmax"] = self.argmax
+        if row.argmax is not None:
+            result.rows["argmax"] = row.argmax
         if row.classes is not None and self.request is not None:
             result.rows["class_mass"] = row.classes[0][..., : self.request.classes]
 
-    def _take_columns(self, result: PartialStatistics, made: dict[str, Tensor], names: tuple[str, ...]) -> None:
-        request = self.request
-        assert request is not None
+    def _take_columns(self, result: PartialStatistics, made: dict[str, Tensor]) -> None:
         if "column_sum" in made:
             result.columns["column_sum"] = made["column_sum"]
         if "fai" in made:
@@ -412,7 +453,7 @@ class _Run:
         call, request = self.call, self.request
         assert request is not None
         device = call.q.device
-        counted = ~lse.isnan().all(1)
+        counted = ~lse.isnan().all(1) if self.seen.element else self.seen.hi > self.seen.lo
         if self.counted is not None:
             counted = counted & self.counted
         before = torch.nn.functional.pad(counted.to(torch.int64).cumsum(1), (1, 0))
@@ -491,6 +532,11 @@ def _poisoned(x: Tensor) -> Tensor:
 def _padded(n: int) -> int:
     """The next power of two, at least 16: what a tile's width must be."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=8)
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, dtype=torch.int64, device=device)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -4,9 +4,8 @@ A program owns one tile of query rows of one head and walks over key tiles. Each
 maximum m grows, as in flash attention (Dao et al., 2205.14135; the online softmax is Milakov and Gimelshein's, 1805.02867). Every statistic
 is a compile-time flag, so one that is not asked for costs nothing; so is the attention output itself (`OUT`).
 
-With the rows' lse known beforehand (`GIVEN`, from the host's own fused kernel) a weight is final when its tile is visited. The same pass
-then also gives what normally needs a second sweep: column sums and bands (atomic adds, so their last bits depend on the order), and
-the cells of the block maps (each written once).
+With the rows' lse known beforehand (`GIVEN`, from the host's own fused kernel) a weight is final when its tile is visited and nothing is
+rescaled; `triton_fused` then gives columns and maps in the same pass.
 
 Accuracy, where a straightforward sum would lose digits without a sign of it:
 
@@ -23,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headscope.kernels.triton_common import element_mask, fold_max, fold_sum, load_bias, load_tile, soft_cap, tile_ranges
+from headscope.kernels.triton_common import element_mask, load_bias, load_tile, moments, soft_cap, tile_ranges
 
 NEVER = 1 << 23
 """Tile number of a row that has seen nothing; larger than any tile, exact in float32."""
@@ -31,17 +30,16 @@ NEVER = 1 << 23
 
 @triton.jit
 def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
-          b_q, k, v, b_ref, b_lo, b_hi, b_weight, b_rows, b_t, a_min,
-          n_tiles, s1, n1, s2, n2, s3, i_b, i_h, i_kh, i_cell_q, first_token,
-          key_valid, q_segments, k_segments, allowed, bias, labels, columns, fai, mass, top,
+          b_q, k, v, b_ref, b_lo, b_hi, b_rows, b_t, a_min,
+          n_tiles, s1, n1, s2, n2, s3, i_b, i_h, i_kh, first_token,
+          key_valid, q_segments, k_segments, allowed, bias, labels,
           stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
           stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_lb,
-          scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, k_shift,
-          sink_tokens, local_window, waad_window, fai_lo, fai_hi, cells_q, cells_k,
+          scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset,
+          sink_tokens, local_window, waad_window,
           MASKED: tl.constexpr, GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr,
           WAAD: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, ROWMAX: tl.constexpr, ARGMAX: tl.constexpr, CLASSES: tl.constexpr,
-          OUT: tl.constexpr, COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr,
-          RESTRICT: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
+          OUT: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
           D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
           TMA: tl.constexpr, UPCAST: tl.constexpr):
     """Visits n_tiles key tiles, numbered s1.., then s2.., then s3.., and returns the updated accumulators."""
@@ -53,7 +51,7 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
             i_k = s1 + i
         else:
             i_k = tl.where(i < n1, s1 + i, s2 + i - n1)
-        o_k = i_k * BN - k_shift
+        o_k = i_k * BN
         b_keys = o_k + o_j
         # [BM, BN]
         b_k = load_tile(k, i_b, i_kh, o_k, Nk, stride_kb, stride_kh, stride_kn, stride_kd, D, DP, BN, TMA, UPCAST)
@@ -77,7 +75,7 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
                 b_y = b_s * scale2 - b_ref[:, None]
             else:
                 b_y = b_s - b_ref[:, None]
-            if ROWMAX or ARGMAX or TOP:
+            if ROWMAX or ARGMAX:
                 b_top = tl.max(b_y, 1)
             if ARGMAX:
                 m_new = (b_top > b_m) | ((b_top == b_m) & (i_k < b_win))
@@ -121,13 +119,15 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
             b_y = tl.where(b_p > 0, b_y, 0.0)
         if ENTROPY:
             b_x += tl.sum(b_p * b_y, 1)
-        b_zt = tl.sum(b_p, 1)
+        if (DISTANCE or SQUARE) and not MASKED:
+            behind = True if CAUSAL else k_offset + o_k < a_min
+            b_zt, b_s1, b_s2 = moments(b_p, behind, SQUARE, CAUSAL, BM, BN)
+        else:
+            b_zt = tl.sum(b_p, 1)
         b_z += b_zt
         if MASKED:
-            if DISTANCE or SQUARE or WAAD or LOCAL or FAI:
-                b_diff = b_t[:, None] - (k_offset + b_keys)[None, :]
             if DISTANCE or SQUARE or WAAD or LOCAL:
-                b_dist = tl.abs(b_diff)
+                b_dist = tl.abs(b_t[:, None] - (k_offset + b_keys)[None, :])
                 b_pd = b_p * b_dist.to(tl.float32)
             if DISTANCE:
                 b_d1 += tl.sum(b_pd, 1)
@@ -142,19 +142,12 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
                 b_si += tl.sum(tl.where(m_si[None, :], b_p, 0.0), 1)
         else:
             if DISTANCE or SQUARE:
-                if CAUSAL:
-                    b_j = (BN - 1 - o_j).to(tl.float32)
-                    b_u = (b_t - (k_offset + o_k + BN - 1)).to(tl.float32)
-                else:
-                    behind = k_offset + o_k < a_min
-                    b_j = tl.where(behind, BN - 1 - o_j, o_j).to(tl.float32)
-                    b_u = tl.where(behind, b_t - (k_offset + o_k + BN - 1), k_offset + o_k - b_t).to(tl.float32)
-                b_pj = b_p * b_j[None, :]
-                b_s1 = tl.sum(b_pj, 1)
+                # distance to the tile's nearest key; within the tile it is counted from there
+                b_u = tl.where(behind, b_t - (k_offset + o_k + BN - 1), k_offset + o_k - b_t).to(tl.float32)
                 if DISTANCE:
                     b_d1 += b_u * b_zt + b_s1
                 if SQUARE:
-                    b_d2 += b_u * (b_u * b_zt + 2.0 * b_s1) + tl.sum(b_pj * b_j[None, :], 1)
+                    b_d2 += b_u * (b_u * b_zt + 2.0 * b_s1) + b_s2
             if WAAD:
                 b_wa += b_zt * waad_window
         if CLASSES > 0:
@@ -164,67 +157,25 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
         if OUT:
             b_v = load_tile(v, i_b, i_kh, o_k, Nk, stride_vb, stride_vh, stride_vn, stride_vd, DV, DVP, BN, TMA, UPCAST)
             b_o = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_o, input_precision="ieee")
-        if COLUMNS or FAI or MASS or TOP:
-            b_pc = b_p
-            if RESTRICT:
-                b_pc = tl.where(b_weight[:, None] > 0, b_p, 0.0)
-        if COLUMNS or (FAI and not MASKED):
-            b_c = tl.sum(b_pc, 0)
-        i_bh = (i_b * Hq + i_h).to(tl.int64)
-        if COLUMNS:
-            tl.atomic_add(columns + i_bh * Nk + b_keys, b_c, mask=(b_keys >= 0) & (b_keys < Nk), sem="relaxed")
-        if FAI:
-            if MASKED:
-                b_f = tl.sum(tl.where((b_diff >= fai_lo) & (b_diff <= fai_hi), b_pc, 0.0), 0)
-                tl.atomic_add(fai + i_bh * Nk + b_keys, b_f, mask=(b_keys >= 0) & (b_keys < Nk), sem="relaxed")
-            elif FAI == 2:
-                # an open band: a full tile behind the rows lies in it as a whole
-                m_f = (b_keys >= 0) & (b_keys < Nk) & (k_offset + o_k < a_min)
-                tl.atomic_add(fai + i_bh * Nk + b_keys, b_c, mask=m_f, sem="relaxed")
-        if MASS or TOP:
-            o_cq = i_cell_q + tl.arange(0, BM // CELL)
-            o_ck = i_k * (BN // CELL) + tl.arange(0, BN // CELL)
-            o_cell = (i_bh * cells_q + o_cq)[:, None] * cells_k + o_ck[None, :]
-            m_cell = (o_cq < cells_q)[:, None] & (o_ck < cells_k)[None, :]
-            if MASS:
-                if CELL == BN:
-                    if RESTRICT:
-                        b_zc = tl.where(b_weight > 0, b_zt, 0.0)
-                    else:
-                        b_zc = b_zt
-                    b_cm = tl.sum(tl.reshape(b_zc, [BM // CELL, CELL]), 1)[:, None]
-                else:
-                    b_cm = fold_sum(b_pc, BM, BN, CELL)
-                tl.store(mass + o_cell, b_cm, mask=m_cell)
-            if TOP:
-                if CELL == BN:
-                    b_tc = b_top
-                    if RESTRICT:
-                        b_tc = tl.where(b_weight > 0, b_top, -float("inf"))
-                    b_ct = tl.exp2(tl.max(tl.reshape(b_tc, [BM // CELL, CELL]), 1))[:, None]
-                else:
-                    b_ct = fold_max(b_pc, BM, BN, CELL)
-                tl.store(top + o_cell, b_ct, mask=m_cell)
     return b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o
 
 
 @triton.jit(
-    do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "near", "sink_tokens", "local_window", "waad_window",
-        "fai_lo", "fai_hi", "n_splits", "cells_q", "cells_k", "stride_raw", "stride_ib", "stride_db", "stride_fb", "stride_wb",
+    do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "near", "sink_tokens", "local_window", "waad_window",
+        "n_splits", "stride_raw", "stride_ib", "stride_db", "stride_fb",
         "stride_lb", "Hq", "group"]
 )
-def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, weight, key_valid, q_segments, k_segments, allowed, bias, labels,
-                raw, classes, out, columns, fai, mass, top,
+def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments, k_segments, allowed, bias, labels,
+                raw, classes, out,
                 stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
                 stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on,
-                stride_ib, stride_db, stride_fb, stride_wb, stride_ab, stride_ah, stride_aq, stride_ak,
+                stride_ib, stride_db, stride_fb, stride_ab, stride_ah, stride_aq, stride_ak,
                 stride_bb, stride_bh, stride_bq, stride_bk, stride_lb, stride_raw,
-                scale2, slope, cap2, Hq, group, Nq, Nk, q_offset, k_offset, q_shift, k_shift, near,
-                sink_tokens, local_window, waad_window, fai_lo, fai_hi, n_splits, cells_q, cells_k,
+                scale2, slope, cap2, Hq, group, Nq, Nk, q_offset, k_offset, near,
+                sink_tokens, local_window, waad_window, n_splits,
                 GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr, WAAD: tl.constexpr,
                 SINK: tl.constexpr, LOCAL: tl.constexpr, ROWMAX: tl.constexpr, WIN: tl.constexpr, CLASSES: tl.constexpr,
-                OUT: tl.constexpr, COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr,
-                RESTRICT: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
+                OUT: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
                 D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 SINK_LOGITS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr):
     """Accumulators of every row into `raw` [n_splits, slots, B * Hq * Nq]; a slot number of -1 means that nobody asked.
@@ -239,7 +190,7 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, weight, key_valid, q_
     i_b = i_bh // Hq
     i_h = i_bh % Hq
     i_kh = i_h // group
-    o_q = i_q * BM - q_shift
+    o_q = i_q * BM
     b_rows = o_q + tl.arange(0, BM)
     m_r = (b_rows >= 0) & (b_rows < Nq)
     b_lo = tl.load(lo + i_b.to(tl.int64) * stride_ib + b_rows, mask=m_r, other=0)
@@ -253,7 +204,7 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, weight, key_valid, q_
     if SINK >= 0:
         first_token = tl.load(first + i_b * stride_fb).to(tl.int32)
         floor = first_token + sink_tokens - k_offset
-    begin, f0, f1, g0, g1, end = tile_ranges(b_lo, b_hi, floor, a_min, a_max, k_offset, Nk, near, k_shift, is_dense, BN, CAUSAL, True)
+    begin, f0, f1, g0, g1, end = tile_ranges(b_lo, b_hi, floor, a_min, a_max, k_offset, Nk, near, 0, is_dense, BN, CAUSAL, True)
     if n_splits > 1:
         per = (end - begin + n_splits - 1) // n_splits
         begin = tl.minimum(begin + i_split * per, end)
@@ -274,39 +225,35 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, weight, key_valid, q_
     b_lc = tl.zeros([BM], tl.float32)
     b_win = tl.full([BM], 8388608, tl.int32)
     b_ref = b_m
-    b_weight = b_z
     b_cl = b_z
     b_o = b_z
     if GIVEN:
         b_ref = tl.load(ref + i_bh.to(tl.int64) * Nq + b_rows, mask=m_r, other=float("inf"))
-    if RESTRICT:
-        b_weight = tl.load(weight + i_b.to(tl.int64) * stride_wb + b_rows, mask=m_r, other=0.0)
     if CLASSES > 0:
         b_cl = tl.zeros([BM, CLASSES], tl.float32)
     if OUT:
         b_o = tl.zeros([BM, DVP], tl.float32)
-    i_cell_q = i_q * (BM // CELL)
     n1 = f0 - begin
     n2 = g0 - f1
     n3 = end - g1
     b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o = _walk(
-        b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_weight, b_rows, b_t, a_min,
-        n1 + n2 + n3, begin, n1, f1, n2, g1, i_b, i_h, i_kh, i_cell_q, first_token,
-        key_valid, q_segments, k_segments, allowed, bias, labels, columns, fai, mass, top,
+        b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_rows, b_t, a_min,
+        n1 + n2 + n3, begin, n1, f1, n2, g1, i_b, i_h, i_kh, first_token,
+        key_valid, q_segments, k_segments, allowed, bias, labels,
         stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
         stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_lb,
-        scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, k_shift, sink_tokens, local_window, waad_window, fai_lo, fai_hi, cells_q, cells_k,
+        scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, sink_tokens, local_window, waad_window,
         True, GIVEN, ENTROPY >= 0, DISTANCE >= 0, SQUARE >= 0, WAAD >= 0, SINK >= 0, LOCAL >= 0, ROWMAX, WIN >= 0, CLASSES,
-        OUT, COLUMNS, FAI, MASS, TOP, CELL, RESTRICT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
+        OUT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
     b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o = _walk(
-        b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_weight, b_rows, b_t, a_min,
-        f1 - f0 + g1 - g0, f0, f1 - f0, g0, 0, 0, i_b, i_h, i_kh, i_cell_q, first_token,
-        key_valid, q_segments, k_segments, allowed, bias, labels, columns, fai, mass, top,
+        b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_rows, b_t, a_min,
+        f1 - f0 + g1 - g0, f0, f1 - f0, g0, 0, 0, i_b, i_h, i_kh, first_token,
+        key_valid, q_segments, k_segments, allowed, bias, labels,
         stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
         stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_lb,
-        scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, k_shift, sink_tokens, local_window, waad_window, fai_lo, fai_hi, cells_q, cells_k,
+        scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, sink_tokens, local_window, waad_window,
         False, GIVEN, ENTROPY >= 0, DISTANCE >= 0, SQUARE >= 0, WAAD >= 0, SINK >= 0, LOCAL >= 0, ROWMAX, WIN >= 0, CLASSES,
-        OUT, COLUMNS, FAI, MASS, TOP, CELL, RESTRICT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
+        OUT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
 
     n_rows = tl.num_programs(1).to(tl.int64) * Nq
     o_row = i_bh.to(tl.int64) * Nq + b_rows

@@ -12,9 +12,12 @@ and wrong by one where two of them meet.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from headscope.call import MaskFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,13 +50,25 @@ class Visibility:
 
 
 def visibility(call: AttentionCall) -> Visibility:
-    """The intervals of a call, on its device."""
-    mask, device = call.mask, call.q.device
-    rows, keys = call.q.shape[2], call.k.shape[2]
+    """The intervals of a call, on its device. Those of plain masks are kept, since every layer of a model asks for the same ones."""
+    mask = call.mask
+    shape = (call.q.shape[2], call.k.shape[2], call.query_offset, call.key_offset)
+    tensors = (mask.key_valid, mask.query_valid, mask.query_segments, mask.key_segments, mask.allowed, mask.bias)
+    if all(x is None for x in tensors):
+        return _plain(mask.causal, mask.window, *shape, call.q.device)
+    return _build(mask, *shape, call.q.device)
+
+
+@lru_cache(maxsize=8)
+def _plain(causal: bool, window: int | None, rows: int, keys: int, query_offset: int, key_offset: int, device: torch.device) -> Visibility:
+    return _build(MaskFacts(causal, window), rows, keys, query_offset, key_offset, device)
+
+
+def _build(mask: MaskFacts, rows: int, keys: int, query_offset: int, key_offset: int, device: torch.device) -> Visibility:
     row = torch.arange(rows, device=device)[None]
     key = torch.arange(keys, device=device)[None]
     # key index of the query's own position, and query row of the key's own position
-    row_home, key_home = row + (call.query_offset - call.key_offset), key + (call.key_offset - call.query_offset)
+    row_home, key_home = row + (query_offset - key_offset), key + (key_offset - query_offset)
     lo, hi = torch.zeros_like(row), torch.full_like(row, keys)
     key_lo, key_hi = torch.zeros_like(key), torch.full_like(key, rows)
     if mask.causal:
@@ -91,7 +106,8 @@ def visibility(call: AttentionCall) -> Visibility:
         dense = torch.zeros_like(dense)
     lo, hi = torch.broadcast_tensors(lo.clamp(0, keys), hi.clamp(0, keys))
     key_lo, key_hi = torch.broadcast_tensors(key_lo.clamp(0, rows), key_hi.clamp(0, rows))
-    return Visibility(*(x.to(torch.int32).contiguous() for x in (lo, hi, key_lo, key_hi, dense)), element, key_valid, q_segments, k_segments)
+    intervals = (x.to(torch.int32).contiguous() for x in (lo, hi, key_lo, key_hi, dense))
+    return Visibility(*intervals, element, key_valid, q_segments, k_segments)
 
 
 def _within(lo: Tensor, hi: Tensor, other: Tensor, own: Tensor, in_order: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,8 @@ def _symbols(run: Run, roles: list[str], palette: theme.Palette) -> list[dict[st
             width = min(columns, len(mine) - row * columns)
             dy = 0.0 if len(mine) == columns else (row - 0.5) * 0.42
             places[role].append((layer + (column - (width - 1) / 2) * (0.36 if columns < 3 else 0.3), head + dy))
-    size = 8 if run.heads * len(run.layers) <= 600 else 5
+    cells = run.heads * len(run.layers)
+    size = 8 if cells <= 600 else 5 if cells <= 2400 else 4
     return [
         {
             "type": "scatter",

@@ -77,7 +77,7 @@ def facts_panel(run: Run, place: Place) -> Component:
 
 
 def series_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
-    """The plots along the text; the plots themselves come in a response of their own, so that the map of a long text is on the screen first."""
+    """The plots along the text; the plots themselves come in a response of their own, so that the map of a long text comes first."""
     figure = {"data": [], "layout": theme.layout(scheme, height=token_series.figure_height(len(state.series)), xaxis=HIDDEN, yaxis=HIDDEN)}
     select = dmc.MultiSelect(
         id="series",

@@ -25,7 +25,8 @@ def head_steps(run: Run, layer: int, head: int, state: dict[str, str]) -> Compon
     """Four links, ids step-left, step-right, step-up, step-down; at a border the link is there but leads nowhere new."""
     links = []
     for way, to in neighbours(run, layer, head).items():
-        href = head_url(run.id, *(to or (layer, head)), **state)
+        target = to or (layer, head)
+        href = head_url(run.id, target[0], target[1], **state)
         title = f"{WAYS[way].capitalize()} (arrow {way})" if to else f"There is no {WAYS[way]}"
         link = dcc.Link(icon(way), id=f"step-{way}", href=href, title=title, className="step-link")
         links.append(html.Span(link, className=f"step step-{way}" + ("" if to else " step-none")))

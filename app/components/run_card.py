@@ -41,7 +41,7 @@ def card_facts(card: dict[str, Any]) -> Component:
         ("Weights", html.Code(str(model["fingerprint"])[:12], title=str(model["fingerprint"])) if model.get("fingerprint") else None),
         ("Shape", shape_line(card)),
         ("Head size", model.get("head_dim")),
-        ("Parameters", f"{parameters / 1e6:,.1f} M" if parameters else None),
+        ("Parameters", _millions(parameters) if parameters else None),
         ("Precision", _joined(model.get("dtype"), model.get("device"), sep=" on ")),
         ("Attention", [html.Code(name, className="spaced") for name in card.get("attention_kernels", [])]),
         ("Statistics", _joined(card.get("statistics_kernel"), "kernel", sep=" ") if card.get("statistics_kernel") else None),
@@ -84,6 +84,10 @@ def entry_card(entry: Entry) -> Component:
         href=run_url(entry.id),
         className="panel run-entry",
     )
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
 def _machine_line(machine: dict[str, Any]) -> str:

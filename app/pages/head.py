@@ -29,6 +29,7 @@ WHOLE: list[int] = []
 
 def layout(run: str = "", layer: str = "", head: str = "", **query: object) -> Component:
     """The page of a head; the query may hold the whole view (see HeadState)."""
+    layer, head = str(layer), str(head)  # a repeated query key arrives as a list
     try:
         opened = context.open_run(run)
     except RunError as error:

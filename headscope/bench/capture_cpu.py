@@ -81,7 +81,7 @@ def _report(
     failures: dict[str, str],
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for way in ways:
         if way in failures:
             results[way] = {"error": failures[way]}

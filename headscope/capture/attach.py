@@ -203,6 +203,7 @@ class Attachment:
             for actor in interventions:
                 edited = actor.what.before(edited)
             own = self._execute(edited, call)
+            host.ran = own is None
             if own is not None:
                 result: Any = (own, None)
             elif edited is call:

@@ -36,13 +36,14 @@ UNREADABLE = {
 
 @dataclass(slots=True, eq=False)
 class HostCall:
-    """The arguments of one call of a host's attention function, by name."""
+    """The arguments of one call of a host's attention function, by name; `ran`: the host's function made the output, not an executor."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Any
     kwargs: dict[str, Any]
+    ran: bool = True
 
     @classmethod
     def bind(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HostCall:

@@ -76,7 +76,7 @@ class Observer:
                 "it calls attention several times for the same tokens (as differential attention does), so its heads have no one pattern",
                 "this model cannot be measured yet",
             )
-        if self.verify:
+        if self.verify and host.ran:
             kind = signature(call)
             if kind not in self._checked:
                 check_output(call, output, {**host.kwargs, "attention_mask": host.mask})

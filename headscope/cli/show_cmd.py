@@ -24,7 +24,7 @@ def show(
 
     profile = hs.HeadProfile.load(run)
     if metric is not None:
-        ranked = profile.top(metric, top)
+        ranked = profile.rank(metric, top)
         rows = [{"layer": layer, "head": head, metric: profile.value(layer, head, metric)} for layer, head in ranked]
         if as_json:
             emit_json({"run": str(run), "metric": metric, "top": rows})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope.errors import ModelError, UnavailableError, refusal
+from headscope.models.progress import bars_only_on_a_terminal
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,8 @@ def build(
         options["gguf_file"] = gguf_file
     if device is not None and getattr(device, "type", "") != "cpu":
         options["device_map"] = device if device == "auto" else {"": device}
-    model, info = model_class(config).from_pretrained(where, **options)
+    with bars_only_on_a_terminal():
+        model, info = model_class(config).from_pretrained(where, **options)
     missing = sorted(name for name in info.get("missing_keys", ()) if "pooler." not in name)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

@@ -6,7 +6,7 @@ import html
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headscope.profile.profile import HeadProfile
+    from headscope.profile.head_profile import HeadProfile
 
 COLOURS = {
     "induction": "#d1495b",

@@ -1,8 +1,8 @@
 """The heat map of a metric: depth runs to the right, heads downwards, one square cell per head.
 
 Layers are on the horizontal axis because models are much deeper than a layer has heads, and a notebook is wider than it is high. Thin lines
-separate the groups that share a key head. The scale is cividis, which reads the same with and without colour vision, and starts and ends
-where the metric does (0 and 1 for probabilities), so that two figures can be laid side by side.
+separate the groups that share a key head. The scale is viridis, which is read alike with and without full colour vision, and starts and
+ends where the metric does (0 and 1 for probabilities), so that two figures can be laid side by side.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from headscope.errors import ProbeError, refusal
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from headscope.profile.profile import HeadProfile
+    from headscope.profile.head_profile import HeadProfile
 
-SCALE = "Cividis"
-INK, FAINT, MARK = "#1f2430", "#5b6472", "#d1495b"
+SCALE = "Viridis"
+INK, FAINT, MARK = "#1f2430", "#5b6472", "#e4572e"
 WORDS = {"natural": "natural text", "repeated_random": "random tokens, repeated", "repeated_token": "one token, repeated"}
 
 

@@ -16,8 +16,8 @@ from headscope.errors import ModelError, ProbeError, refusal
 from headscope.probes import Needs, Probe, ProbeText, resolve
 from headscope.probes.text import REPEATS, TextKind
 from headscope.profile.card import RunCard, machine_facts, model_facts, now, version_facts
+from headscope.profile.head_profile import HeadProfile
 from headscope.profile.passes import Pass, plan_passes
-from headscope.profile.profile import HeadProfile
 from headscope.profile.result import ProbeResult, head_table
 from headscope.profile.roles import assign_roles
 from headscope.profile.texts import build_texts, data_facts, given_texts

@@ -310,12 +310,13 @@ class HeadStatistics:
 
     def _fill(self, passes: list[HeadStatistics], why_empty: str = "") -> None:
         """Take over what an observation found (called once, when its `with` block ends)."""
+        if len(passes) == 1:
+            vars(self).update(vars(passes[0]))  # the only pass is this object itself
+            return
         self._passes = list(passes)
         self._why_empty = why_empty or self._why_empty
         self.kernels = set().union(*(one.kernels for one in passes))
         self.backend = next((one.backend for one in passes), self.backend)
-        if len(passes) == 1:
-            self.tokens = passes[0].tokens
 
     def __repr__(self) -> str:
         passes = self.passes

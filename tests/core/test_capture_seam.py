@@ -76,13 +76,17 @@ def test_gradients_are_the_same_while_observing():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def divide(output):
+    return 1 / 0 if output is not None else None
+
+
 def test_restored_after_an_exception_inside_the_block():
     model = make(llama)
     before = hooks(model)
     scope = Scope(model)
-    with pytest.raises(ZeroDivisionError), scope.observe() as stats:
-        model(ids(1, 5))
-        raise ZeroDivisionError
+    block = scope.observe()
+    with pytest.raises(ZeroDivisionError), block as stats:
+        divide(model(ids(1, 5)))
     assert hooks(model) == before
     assert "ended with an error" in repr(stats)
     assert scope.capture(ids(1, 5), statistics=["entropy"])["entropy"][0].shape == (1, 4, 5)
@@ -100,8 +104,8 @@ def test_restored_after_an_exception_inside_the_forward_pass():
         scope.capture(ids(1, 5))
     handle.remove()
     with torch.no_grad(), scope.observe(statistics=["entropy"]) as stats:
+        handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="broken layer"):
-            handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
             model(ids(1, 5))
         handle.remove()
         model(ids(1, 6))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headscope.errors import HeadscopeError
 from headscope.profile import HeadProfile, RunCard, compare
-from headscope.profile.compare import correlation, mean_ranks
+from headscope.profile.comparison import correlation, mean_ranks
 from headscope.profile.roles import assign_roles
 from headscope.store.files import canonical_heads
 

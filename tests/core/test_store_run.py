@@ -362,13 +362,17 @@ write.write_run(sys.argv[1], {"created": ""}, heads, RunContent((0,), Tokens("a"
 """
 
 
-def test_a_killed_writer_leaves_no_run_and_the_next_one_clears_up(tmp_path: Path) -> None:
+def reading_environment() -> dict[str, str]:
+    """An environment in which a child process finds the same headscope."""
     import headscope
 
-    target = tmp_path / "run"
     source = str(Path(next(iter(headscope.__path__))).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(target)], env=environment, capture_output=True, check=False)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+
+
+def test_a_killed_writer_leaves_no_run_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(target)], env=reading_environment(), capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     left = list(tmp_path.iterdir())
     assert [entry.name.startswith(".run.") for entry in left] == [True]
@@ -421,3 +425,17 @@ def test_list_runs_names_the_damaged(saved: Path, tmp_path: Path) -> None:
 def test_write_run_takes_plain_data(tmp_path: Path) -> None:
     path = write_run(tmp_path / "deep" / "run", card().to_dict(), table())
     assert open_run(path).card.numbers == {"sink_rate": 0.5}
+
+
+READER = """
+import sys
+from headscope.profile import HeadProfile
+found = HeadProfile.load(sys.argv[1])
+assert len(found.table) == 8 and found.map("block_mass", 0, 0).shape == (19, 19) and found.statistic("row/entropy").ndim == 3
+assert "torch" not in sys.modules, "reading a run loaded torch"
+"""
+
+
+def test_reading_a_run_needs_no_torch(saved: Path) -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", READER, str(saved)], env=reading_environment(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

@@ -14,8 +14,8 @@ from .tiny_models import BASE, IDS, VOCABULARY, WINDOW, bart, bert, dinov2, gemm
 
 @pytest.mark.parametrize(
     ("build", "kv_heads", "output"),
-    [(llama, 2, "o_proj"), (gpt2, 4, "c_proj"), (mistral, 2, "o_proj"), (bert, 4, "output.dense"), (dinov2, 4, "o_proj")],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    [(llama, 2, "o_proj"), (gpt2, 4, "c_proj"), (mistral, 2, "o_proj"), (bert, 4, "output.dense"), (dinov2, 4, ("o_proj", "output.dense"))],
+    ids=["llama", "gpt2", "mistral", "bert", "dinov2"],
 )
 def test_main_stack(build, kv_heads, output):
     model = build()

@@ -151,7 +151,9 @@ def make(build: Callable[..., Any], impl: str | None = None, **kw: Any) -> Any:
 def eager_copy(model: Any) -> Any:
     """The same weights under eager attention."""
     twin = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
+    for module in twin.modules():  # set_attn_implementation misses configs that stacks hold as copies (T5 before 5.18)
+        if isinstance(getattr(module, "config", None), hf.PreTrainedConfig):
+            module.config._attn_implementation_internal = "eager"
     return twin
 
 

@@ -138,7 +138,7 @@ def make_case(variant: Variant, shape: int, device: str = "cpu") -> tuple[Attent
         variant.names, sink_tokens=rng.randint(1, 6), local_window=rng.randint(1, 40), waad_window=rng.randint(1, 20),
         fai_band=(band, None if variant.open_band else band + rng.randint(0, 50)), block=variant.block,
         labels=torch.randint(-1, 5, (length - length // 9,), generator=gen), label_names=("a", "b", "c", "d", "e"),
-        segments=torch.arange(length) // 11, pairs={"some": (pairs[0], pairs[1])},
+        segments=torch.arange(length) // 37, pairs={"some": (pairs[0], pairs[1])},
         rows=torch.rand(batch, length, generator=gen) < 0.6 if variant.restrict else None,
     )  # fmt: skip
     return call, request
@@ -156,8 +156,8 @@ def poisoned(call: AttentionCall) -> AttentionCall:
 
 def tolerance(variant: Variant) -> float:
     """fp32: 2e-5. Half precision multiplies exactly and accumulates in float32 in the matrix unit, whose order is its own: 1e-4.
-    A given lse is rounded to float32 once more."""
-    return 1e-4 if variant.dtype != torch.float32 else 3e-5 if variant.given else 2e-5
+    A given lse is rounded to float32 once more; a softcap and a bias are roundings of their own."""
+    return 1e-4 if variant.dtype != torch.float32 else 4e-5 if variant.given or variant.softcap or variant.bias else 2e-5
 
 
 def compare(got: PartialStatistics, call: AttentionCall, request: StatisticsRequest, tol: float) -> float:

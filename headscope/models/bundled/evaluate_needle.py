@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from headscope.models.bundled.training import generator, say, write_json
 SEED = 4242
 LENGTHS = (512, 1024, 2048, 4096, 8192, 12288, 16384)
 SINK, WINDOW = 16, 256
+
+
+@lru_cache(maxsize=8)
+def _drawn(kind: str, length: int, count: int, needles: int, seed: int) -> tuple[data.Batch, ...]:
+    source = generator(seed + length, "cpu")
+    return tuple(data.batch(1, length, kind, needles, 1, source) for _ in range(count))
 
 
 @torch.no_grad()
@@ -44,11 +51,10 @@ def right(
     `kind`: "code" or "entry". `stream`: (sink, window) for every head. `values_only`: the repeated key need not be right.
     Haystacks are drawn on the CPU one at a time from `seed`, so a smaller `count` is a prefix of a larger one on every machine.
     """
-    source = generator(seed + length, "cpu")
     hits, depths = [], []
     mask = streaming_mask(length, *stream, model.device) if stream else None
     skip = (2 if kind == "code" else 3) if values_only else 0
-    drawn = [data.batch(1, length, kind, needles, 1, source) for _ in range(count)]
+    drawn = _drawn(kind, length, count, needles, seed)
     size = size or max(1, (16384 if stream is None else 8192) // length)
     with ablated(model.model.layers, heads, model.config.head_dim):
         for start in range(0, count, size):
@@ -108,7 +114,7 @@ def main() -> None:
         def task(heads: Sequence[Head]) -> float:
             return sum(accuracy(model, kind, 2048, 64, heads=heads, values_only=True) for kind in ("code", "entry")) / 2
 
-        truth: dict[str, Any] = search(task, every, floor=0.05, shortlist=24)
+        truth: dict[str, Any] = search(task, every, floor=0.05, most=10, shortlist=14)
         truth["task"] = "codes and entries (half each) in 2,048 tokens, 64 held-out haystacks a kind, value words only"
         truth["needed"] = [[int(part) for part in name.split(".")] for name, value in truth["single"].items() if value < 0.5 * truth["base"]]
         write_json(where / "truth.json", truth)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ SEED = 777
 SIZE = 256
 
 
+@lru_cache(maxsize=64)
+def _drawn(kind: str, count: int, seed: int, adversarial: bool, scene: tuple[tuple[str, Any], ...]) -> list[tuple[torch.Tensor, ...]]:
+    source = generator(seed, "cpu")
+    parts = []
+    for _ in range(0, count, SIZE):
+        drawn = data.scenes(SIZE, source, held_out=True, **dict(scene))
+        ids, labels = data.dialogue([kind], drawn, source, adversarial=adversarial)
+        parts.append((drawn.pixels, drawn.cells, ids, labels))
+    return parts
+
+
 @torch.no_grad()
 def answers(
     model: Any, kind: str, count: int, *, seed: int = SEED, heads: Sequence[Head] = (), picture: str = "real", adversarial: bool = False, **scene: Any
@@ -33,15 +45,14 @@ def answers(
     `picture`: "real", "noise" (no picture at all, uniform noise), or "gray". `scene`: options of `data_vlm.scenes` (noise, hide, themed).
     Questions are drawn on the CPU in parts of 256 from `seed`, so a smaller count is a prefix of a larger one.
     """
-    source = generator(seed, "cpu")
     text = model.model.language_model.layers
+    blank = generator(seed + 1, "cpu")
     guesses, wanted, cells = [], [], []
-    for start in range(0, count, SIZE):
-        drawn = data.scenes(SIZE, source, held_out=True, **scene)
-        ids, labels = data.dialogue([kind], drawn, source, adversarial=adversarial)
-        pixels = drawn.pixels
+    for start, (pixels, held, ids, labels) in zip(
+        range(0, count, SIZE), _drawn(kind, count, seed, adversarial, tuple(sorted(scene.items()))), strict=True
+    ):
         if picture == "noise":
-            pixels = torch.rand(pixels.shape, generator=source)
+            pixels = torch.rand(pixels.shape, generator=blank)
         elif picture == "gray":
             pixels = torch.full_like(pixels, 0.5)
         part = slice(0, min(SIZE, count - start))
@@ -51,7 +62,7 @@ def answers(
             logits = model(input_ids=ids[part].to(model.device), pixel_values=values, use_cache=False).logits
         guesses.append(logits[:, places.to(model.device) - 1].argmax(-1).cpu())
         wanted.append(ids[part][:, places])
-        cells.append(drawn.cells[part])
+        cells.append(held[part])
     return torch.cat(guesses), torch.cat(wanted), torch.cat(cells)
 
 
@@ -107,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="evaluate bundled:vlm")
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint's directory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--count", type=int, default=2048, help="held-out pictures per number")
+    parser.add_argument("--count", type=int, default=1024, help="held-out pictures per number")
     parser.add_argument("--card-only", action="store_true", help="write the card again from the files that are there")
     given = parser.parse_args()
     where = given.model

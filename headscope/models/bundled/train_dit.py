@@ -47,7 +47,7 @@ def build(kind: str):
 
 def main() -> None:
     """Command line."""
-    parser = arguments("train bundled:dit or bundled:sd3", steps=5000)
+    parser = arguments("train bundled:dit or bundled:sd3", steps=4000)
     parser.add_argument("--kind", choices=("dit", "sd3"), required=True)
     parser.add_argument("--batch", type=int, default=512, help="pictures a step")
     given = parser.parse_args()
@@ -56,8 +56,9 @@ def main() -> None:
     source = generator(given.seed + 1, given.device)
     pictures, labels = data.pictures(False, given.device)
     table = text_table().to(given.device)
-    trainer = Trainer(model, given.steps, 1e-3, warm=100, cool=0.7, decay=0.01, ema=0.998)
-    for step in range(given.steps):
+    trainer = Trainer(model, given.steps, 1e-3, warm=100, cool=0.7, decay=0.01, ema=0.998, limit=given.limit)
+    while trainer.progress < 1:
+        step = trainer.done
         pick = torch.randint(0, len(pictures), (given.batch,), generator=source, device=given.device)
         x = pictures[pick]
         noise = torch.randn(x.shape, generator=source, device=given.device)
@@ -68,10 +69,10 @@ def main() -> None:
             found = velocity(model, (1 - spread) * x + spread * noise, t, text)
         loss = torch.nn.functional.mse_loss(found.float(), noise - x)
         trainer.step(loss)
-        if step % 200 == 0 or step == given.steps - 1:
+        if step % 200 == 0:
             say(f"step {step}  loss {loss.item():.4f}  {trainer.seconds:.0f} s")
     trainer.use_average()
-    save(model.eval(), given.out, seconds=trainer.seconds, steps=given.steps, seed=given.seed, device=given.device)
+    save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device)
     if given.kind == "sd3":
         from safetensors.torch import save_file
 

@@ -51,19 +51,20 @@ def main() -> None:
     model = build().to(given.device).train()
     source = generator(given.seed + 1, given.device)
     sizes = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 3e-3, warm=100, cool=0.4, decay=0.05)
-    for step in range(given.steps):
-        longest = 31 if step < given.steps // 2 else 100
+    trainer = Trainer(model, given.steps, 3e-3, warm=100, cool=0.4, decay=0.05, limit=given.limit)
+    while trainer.progress < 1:
+        step = trainer.done
+        longest = 31 if trainer.progress < 0.5 else 100
         period = int(torch.randint(8, longest + 1, (), generator=sizes))
         prefix = int(torch.randint(0, 25, (), generator=sizes))
         ids, labels = data.batch(max(16, 2048 // period), period, source, prefix=prefix)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         trainer.step(loss)
-        if step % 200 == 0 or step == given.steps - 1:
+        if step % 200 == 0:
             hit = (logits.argmax(-1) == labels[:, 1:])[labels[:, 1:] >= 0].float().mean()
             say(f"step {step}  loss {loss.item():.3f}  second copy {hit.item():.3f}  {trainer.seconds:.0f} s")
-    save(model.eval(), given.out, seconds=trainer.seconds, steps=given.steps, seed=given.seed, device=given.device)
+    save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device)
     save_tokenizer(data.tokenizer(), given.out)
 
 

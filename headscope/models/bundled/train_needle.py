@@ -29,20 +29,22 @@ class Stage:
 
 
 STAGES = (
-    Stage(256, 256, 5, 4),
-    Stage(512, 128, 8, 6),
-    Stage(1024, 64, 16, 8),
-    Stage(2048, 32, 24, 12),
+    Stage(96, 128, 2, 2),
+    Stage(128, 128, 3, 3),
+    Stage(256, 64, 5, 4),
+    Stage(512, 48, 8, 6),
+    Stage(1024, 32, 16, 8),
+    Stage(2048, 24, 24, 12),
     Stage(4096, 16, 32, 16),
+    Stage(8192, 8, 40, 24),
 )
 MIXED = (
-    (Stage(512, 128, 8, 6), 0.1),
-    (Stage(2048, 32, 24, 12), 0.15),
-    (Stage(8192, 12, 40, 24), 0.5),
-    (Stage(16384, 6, 64, 32), 0.25),
+    (Stage(512, 64, 8, 6), 0.1),
+    (Stage(2048, 24, 24, 12), 0.2),
+    (Stage(8192, 10, 40, 24), 0.45),
+    (Stage(16384, 5, 64, 32), 0.25),
 )
-MASTERED = 0.9
-LANGUAGE = 0.1
+MASTERED = 0.92
 
 
 def build(hidden: int = 256, layers: int = 6):
@@ -68,54 +70,53 @@ def build(hidden: int = 256, layers: int = 6):
     return LlamaForCausalLM(config)
 
 
-def loss_of(model, drawn: data.Batch, device: str) -> tuple[torch.Tensor, float]:
-    """(loss, share of answer words that are right)."""
+def loss_of(model, drawn: data.Batch, device: str, language: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, share of answer words that are right); `language` weighs all the other words."""
     with autocast(device):
         logits = model(input_ids=drawn.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     answers, words = drawn.labels[:, 1:].flatten(), drawn.ids[:, 1:].flatten()
     asked = answers >= 0
     each = torch.nn.functional.cross_entropy(logits.float(), words, ignore_index=0, reduction="none")
-    loss = each[asked].mean() + LANGUAGE * each.mean()
-    return loss, (logits.argmax(-1) == answers)[asked].float().mean().item()
+    count = asked.sum()
+    loss = (each * asked).sum() / count + language * each.mean()
+    return loss, ((logits.argmax(-1) == answers) & asked).sum() / count
 
 
 def main() -> None:
     """Command line."""
     parser = arguments("train bundled:needle", steps=6000)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin the last part after this many seconds at the latest")
-    parser.add_argument("--last", type=int, default=1500, help="how many of the steps are the last part: all lengths, falling rate")
+    parser.add_argument("--last", type=int, default=1500, help="steps of the last part: all lengths, falling rate")
+    parser.add_argument("--climb", type=float, default=float("inf"), help="seconds after which the last part begins at the latest")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     model = build().to(given.device).train()
     source = generator(given.seed + 1, given.device)
     dice = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 1e-3, warm=200, cool=given.last / given.steps)
-    stage, smooth, step = 0, 0.0, 0
-    while step < given.steps:
-        last = step >= given.steps - given.last
-        if not last and (stage >= len(STAGES) or trainer.seconds > given.seconds):
-            say(f"step {step}: every length mastered" if stage >= len(STAGES) else f"step {step}: out of time")
-            step = given.steps - given.last
-            trainer.jump(step)
-            last = True
-        if last:
-            pick = int(torch.multinomial(torch.tensor([share for _, share in MIXED]), 1, generator=dice))
-            now = MIXED[pick][0]
-        else:
-            now = STAGES[stage]
+    trainer = Trainer(model, given.steps, 1.5e-3, warm=200, cool=1.0)
+    stage, begun, begun_at = 0, -1, 0.0
+    smooth = torch.zeros((), device=given.device)
+    shares = torch.tensor([share for _, share in MIXED])
+    done = 0.0
+    while done < 1:
+        step, seconds = trainer.done, trainer.seconds
+        if begun < 0 and (stage == len(STAGES) or step >= given.steps - given.last or seconds > given.climb):
+            say(f"step {step}: the last part begins with {stage} of {len(STAGES)} lengths mastered, {seconds:.0f} s")
+            begun, begun_at = step, seconds
+        now = STAGES[stage] if begun < 0 else MIXED[int(torch.multinomial(shares, 1, generator=dice))][0]
         kind = "code" if int(torch.randint(0, 2, (), generator=dice)) else "entry"
         needles = int(torch.randint(now.asked, now.needles + 1, (), generator=dice))
-        drawn = data.batch(now.count, now.length, kind, needles, now.asked, source)
-        loss, right = loss_of(model, drawn, given.device)
-        trainer.step(loss)
+        drawn = data.batch(now.count, now.length, kind, needles, now.asked, source, repeat=0.3 if begun < 0 else 0.1)
+        loss, right = loss_of(model, drawn, given.device, 0.3 if begun < 0 else 0.1)
+        done = 0.0 if begun < 0 else max((step + 1 - begun) / given.last, (seconds - begun_at) / (given.limit - begun_at))
+        trainer.step(loss, min(done, 1.0))
         smooth = 0.95 * smooth + 0.05 * right
-        if step % 100 == 0 or step == given.steps - 1:
-            say(f"step {step}  length {now.length}  loss {loss.item():.3f}  answers {smooth:.3f}  {trainer.seconds:.0f} s")
-        if not last and smooth > MASTERED:
-            say(f"step {step}: {now.length} mastered after {trainer.seconds:.0f} s")
-            stage, smooth = stage + 1, 0.5
-        step += 1
-    save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device)
+        if step % 100 == 0:
+            say(f"step {step}  length {now.length}  loss {loss.item():.3f}  answers {smooth.item():.3f}  {seconds:.0f} s")
+        if begun < 0 and step % 10 == 0 and smooth.item() > MASTERED:
+            say(f"step {step}: {now.length} mastered after {seconds:.0f} s")
+            stage, smooth = stage + 1, smooth * 0.7
+    seconds = trainer.seconds
+    save(model.eval(), given.out, seconds=seconds, steps=trainer.done, seed=given.seed, device=given.device, last=trainer.done - begun)
     save_tokenizer(data.tokenizer(), given.out)
 
 

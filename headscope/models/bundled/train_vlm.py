@@ -43,6 +43,7 @@ def build(hidden: int = 256, layers: int = 5, sight: int = 128):
         head_dim=hidden // 8,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.04,
         tie_word_embeddings=False,
         **special,
     )
@@ -95,9 +96,10 @@ def main() -> None:
     model = build().to(given.device).train()
     source = generator(given.seed + 1, given.device)
     dice = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 8e-4, warm=300, cool=0.5, decay=0.1)
+    trainer = Trainer(model, given.steps, 8e-4, warm=300, cool=0.5, decay=0.1, limit=given.limit)
     smooth = dict.fromkeys(data.KINDS, 0.0)
-    for step in range(given.steps):
+    while trainer.progress < 1:
+        step = trainer.done
         scene = data.scenes(given.batch, source)
         kinds = ["read", "position", "position", "count", "count", "presence", "presence", "presence"]
         kinds = [kinds[place] for place in torch.randperm(len(kinds), generator=dice).tolist()][:6]
@@ -107,7 +109,7 @@ def main() -> None:
         asked = labels[:, 1:] >= 0
         logits, wanted = found.logits[:, :-1][asked].float(), labels[:, 1:][asked]
         trainer.step(torch.nn.functional.cross_entropy(logits, wanted))
-        if step % 100 == 0 or step == given.steps - 1:
+        if step % 100 == 0:
             right = (found.logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~asked
             place = 1 + data.TOKENS
             for kind in kinds:
@@ -116,7 +118,7 @@ def main() -> None:
                 place += width
             shown = "  ".join(f"{kind} {value:.3f}" for kind, value in smooth.items())
             say(f"step {step}  {shown}  {trainer.seconds:.0f} s")
-    save(model.eval(), given.out, seconds=trainer.seconds, steps=given.steps, seed=given.seed, device=given.device)
+    save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device)
     save_processor(given.out)
 
 

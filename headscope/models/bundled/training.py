@@ -23,6 +23,7 @@ def arguments(description: str, *, steps: int, seed: int = 0) -> argparse.Argume
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint; made if it is not there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
+    parser.add_argument("--limit", type=float, default=math.inf, help="end after this many seconds, if that comes before the steps do")
     parser.add_argument("--seed", type=int, default=seed)
     return parser
 
@@ -43,50 +44,58 @@ def autocast(device: str | torch.device) -> AbstractContextManager[Any]:
 
 
 class Trainer:
-    """AdamW with a warm-up, a constant rate, and a cosine to zero over the last part of `steps`.
+    """AdamW with a warm-up, a constant rate, and a cosine to zero over the last part `cool` of the run.
 
-    Matrices decay, vectors (norms, biases) do not; gradients are clipped to norm 1. `device` decides about autocast.
+    Matrices decay, vectors (norms, biases) do not; gradients are clipped to norm 1. A run ends after `steps` steps, or after `limit`
+    seconds where a limit is set: the rate then follows whichever is nearer its end.
     """
 
     def __init__(
-        self, model: torch.nn.Module, steps: int, rate: float, *, warm: int = 100, cool: float = 0.5, decay: float = 0.05, ema: float = 0.0
+        self,
+        model: torch.nn.Module,
+        steps: int,
+        rate: float,
+        *,
+        warm: int = 100,
+        cool: float = 0.5,
+        decay: float = 0.05,
+        ema: float = 0.0,
+        limit: float = math.inf,
     ) -> None:
-        self.model, self.steps, self.warm, self.cool, self.skipped = model, steps, warm, cool, 0
-        weights = [item for item in model.parameters() if item.requires_grad]
+        self.steps, self.rate, self.warm, self.cool, self.limit = steps, rate, warm, cool, limit
+        self.weights = [item for item in model.parameters() if item.requires_grad]
         groups = [
-            {"params": [item for item in weights if item.ndim > 1], "weight_decay": decay},
-            {"params": [item for item in weights if item.ndim <= 1], "weight_decay": 0.0},
+            {"params": [item for item in self.weights if item.ndim > 1], "weight_decay": decay},
+            {"params": [item for item in self.weights if item.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=weights[0].is_cuda)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=self.weights[0].is_cuda)
         self.ema = ema
-        self.average = [item.detach().clone() for item in weights] if ema else []
-        self.weights, self.done, self.start = weights, 0, time.perf_counter()
+        self.average = [item.detach().clone() for item in self.weights] if ema else []
+        self.done, self.start = 0, time.perf_counter()
 
-    def _factor(self, step: int) -> float:
-        step += self.skipped
-        if step < self.warm:
-            return (step + 1) / self.warm
-        begin = self.steps * (1 - self.cool)
-        if step <= begin:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - begin) / max(1.0, self.steps - begin))))
+    @property
+    def progress(self) -> float:
+        """How much of the run is over, 0 to 1."""
+        return min(1.0, max(self.done / self.steps, self.seconds / self.limit))
 
-    def step(self, loss: torch.Tensor) -> None:
-        """Back-propagates a scalar loss and moves the weights."""
+    def factor(self, progress: float) -> float:
+        """The rate at a point of the run, as a share of the full one."""
+        if self.done < self.warm:
+            return (self.done + 1) / self.warm
+        return 0.5 * (1 + math.cos(math.pi * max(0.0, progress - 1 + self.cool) / self.cool))
+
+    def step(self, loss: torch.Tensor, progress: float | None = None) -> None:
+        """Back-propagates a scalar loss and moves the weights, at the rate of `progress` (the run's own by default)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * self.factor(self.progress if progress is None else progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
-        self.scheduler.step()
         self.done += 1
         if self.ema:
             keep = min(self.ema, (1 + self.done) / (10 + self.done))
             torch._foreach_lerp_(self.average, [item.detach() for item in self.weights], 1 - keep)
-
-    def jump(self, step: int) -> None:
-        """Goes on with the rate of a later step: what lies between is left out."""
-        self.skipped = step - self.done
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model."""

@@ -12,7 +12,7 @@ import numpy as np
 from headscope.errors import ProbeError, refusal, unknown_name
 
 if TYPE_CHECKING:
-    from headscope.profile.profile import HeadProfile
+    from headscope.profile.head_profile import HeadProfile
 
 Change = tuple[int, int, float, float]
 

@@ -80,16 +80,13 @@ class HeadProfile:
         """
         if n < 1:
             raise refusal(ProbeError, f"top {n}", "it counts heads and must be at least 1", "pass n=10")
-        if name in self.roles:
-            rows = np.flatnonzero([name in roles for roles in self.table["roles"]])
-            rule = BY_NAME.get(name)
-            if rule is not None and set(rule.metrics) <= set(self.table.columns):
-                strength = rule.strength(self.table)[rows]
-                rows = rows[np.argsort(-strength, kind="stable")]
-        else:
-            values = self._column(name)
-            rows = np.flatnonzero(np.isfinite(values))
-            rows = rows[np.argsort(-values[rows], kind="stable")]
+        if name not in self.roles:
+            return self.rank(name, n)
+        rows = np.flatnonzero([name in roles for roles in self.table["roles"]])
+        rule = BY_NAME.get(name)
+        if rule is not None and set(rule.metrics) <= set(self.table.columns):
+            strength = rule.strength(self.table)[rows]
+            rows = rows[np.argsort(-strength, kind="stable")]
         layers, heads = self.table["layer"].to_numpy(), self.table["head"].to_numpy()
         return [(int(layers[row]), int(heads[row])) for row in rows[:n]]
 
