@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 from headscope.errors import UnavailableError, refusal
 
 THREADS = 8
+
+
+def listen(path: str | Path, host: str, port: int, token: str | None = None) -> Any:
+    """A waitress server on `host`, its port bound and not yet serving. RunError when `path` is not there, UnavailableError when the host or
+    the port cannot be used.
+    """
+    from waitress import create_server
+
+    from headscope.app.factory import create_app
+    from headscope.app.security import LOOPBACK_HOSTS, check_host
+
+    check_host(host, token)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a browser asks for more files at once than there are threads
+    app = create_app(path, token=token)
+    if token is None:
+        app.server.config["TRUSTED_HOSTS"] = sorted({*LOOPBACK_HOSTS, host})
+    try:
+        return create_server(app.server, host=host, port=port, threads=THREADS, ident="headscope")
+    except OSError as error:
+        raise refusal(UnavailableError, f"{host}:{port}", str(error), "choose another port with --port, 0 for a free one") from error
+
+
+def visible_name(host: str) -> str:
+    """What to type for an address that is listened on: this machine's name for all of them, localhost for an IPv6 loopback."""
+    if host in ("0.0.0.0", "::", ""):
+        return socket.gethostname()
+    return "localhost" if host == "::1" else host
 
 
 def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8050, *, token: str | None = None, open_browser: bool = False) -> None:
@@ -20,21 +49,9 @@ def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8050, *, token:
     `port` 0 takes a free one. A `host` that other machines can reach needs a `token` (or HEADSCOPE_TOKEN); visitors open the printed
     address once. Raises RunError when `path` is not there, UnavailableError when the host or the port cannot be used.
     """
-    from waitress import create_server
-
-    from headscope.app.factory import create_app
-    from headscope.app.security import check_host, is_loopback
-
     token = token or os.environ.get("HEADSCOPE_TOKEN") or None
-    check_host(host, token)
-    app = create_app(path, token=token)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a browser asks for more files at once than there are threads
-    try:
-        server = create_server(app.server, host=host, port=port, threads=THREADS, ident="headscope")
-    except OSError as error:
-        raise refusal(UnavailableError, f"{host}:{port}", str(error), "choose another port with --port, 0 for a free one") from error
-    shown = "127.0.0.1" if is_loopback(host) else host
-    address = f"http://{shown}:{server.effective_port}/" + (f"?token={token}" if token else "")
+    server = listen(path, host, port, token)
+    address = f"http://{visible_name(host)}:{server.effective_port}/" + (f"?token={token}" if token else "")
     print(f"headscope dashboard: {address}  (Ctrl+C stops it)", file=sys.stderr, flush=True)
     if open_browser:
         threading.Timer(0.5, webbrowser.open, [address]).start()

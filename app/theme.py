@@ -1,7 +1,7 @@
 """Colours, fonts and figure defaults, in one place for both schemes.
 
 Figures are drawn by the server in the scheme that the page says it shows (a cookie written before the first request, `scheme_of`), so
-nothing flashes and an exported figure looks like the one on the screen. The sequential scale starts at the panel's own colour and
+nothing flashes and an exported figure looks like the one on the screen. The sequential scale starts near the panel's own colour and
 only gets darker (light scheme) or lighter (dark scheme), so it reads the same in grey and for colour-blind eyes; a test holds it to
 that. Roles are told apart by symbol as well as by colour.
 """
@@ -18,9 +18,9 @@ COOKIE = "headscope-scheme"
 SANS = "Inter, ui-sans-serif, system-ui, 'Segoe UI', sans-serif"
 MONO = "'JetBrains Mono', ui-monospace, 'SF Mono', Menlo, Consolas, monospace"
 
-# From the panel's colour to its opposite through blue-green: lightness changes monotonically, hue only helps.
-_LIGHT_SCALE = ("#f6faf9", "#d3efe3", "#9bdcc3", "#5cc3ae", "#3aa3a6", "#35829f", "#386196", "#3b4179", "#2f274f", "#1a1428")
-_DARK_SCALE = ("#171c26", "#2a2548", "#363b74", "#355b92", "#327d9e", "#36a0a6", "#58c1ae", "#97dcc2", "#cdeee0", "#f4fbf9")
+# From almost the panel's colour to its opposite through blue-green: lightness changes monotonically, hue only helps.
+_LIGHT_SCALE = ("#f0f6f4", "#d3efe3", "#9bdcc3", "#5cc3ae", "#3aa3a6", "#35829f", "#386196", "#3b4179", "#2f274f", "#1a1428")
+_DARK_SCALE = ("#1f2532", "#2e2a55", "#363b74", "#355b92", "#327d9e", "#36a0a6", "#58c1ae", "#97dcc2", "#cdeee0", "#f4fbf9")
 _LIGHT_SIGNED = ("#0b4f8a", "#4d93c6", "#b5d5ea", "#f7f7f5", "#f6c79a", "#dd7f33", "#8f3f06")
 _DARK_SIGNED = ("#8ec6f5", "#4186bf", "#1f4263", "#191d26", "#61401d", "#c0752b", "#ffc188")
 

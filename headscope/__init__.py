@@ -13,7 +13,7 @@ is slow; a test holds that. Type checkers see the same names through the imports
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,11 +63,14 @@ __all__ = [
 ]
 
 
-def dashboard(runs: str | Path = "runs", *, host: str = "127.0.0.1", port: int = 8050) -> None:
-    """Serves the dashboard on a run directory, or on a directory of them, until it is interrupted."""
-    from headscope.app import serve
+def dashboard(runs: str | Path = "runs", *, mode: Literal["inline", "tab", "external"] = "inline", height: int = 900, port: int = 0) -> None:
+    """The dashboard on a run directory, or on a directory of them, in a notebook cell or a browser tab; see `headscope.app.dashboard`.
 
-    serve(runs, host=host, port=port)
+    It does not block. `headscope app` and `headscope.app.serve` serve until they are interrupted.
+    """
+    from headscope.app import dashboard as show
+
+    show(runs, mode=mode, height=height, port=port)
 
 
 def __getattr__(name: str) -> Any:

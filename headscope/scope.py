@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headscope.capture.attach import Attachment
-from headscope.capture.observer import Observer
+from headscope.capture.hosts import Host, open_host
 from headscope.errors import CaptureError, DataError, HeadscopeError, InterventionError, StatisticError, refusal, unknown_name
 from headscope.statistics import HeadStatistics, StatisticsRequest
 from headscope.statistics.request import expand_names
-from headscope.topology import Topology, derive
+from headscope.topology import Topology
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,44 +58,50 @@ class Generation:
 
 
 class Scope:
-    """A transformers model (language, vision-language, encoder) made readable head by head.
+    """A model made readable head by head.
 
-    `model`: a loaded `transformers.PreTrainedModel`; it is used as it is. `tokenizer`: a tokenizer, or a processor that holds one; needed
-    for texts only. `name`, `source`, `revision`: how the model is called in run cards. Raises CaptureError for a model whose attention
-    cannot be read, with the reason.
+    `model`: a loaded `transformers.PreTrainedModel` (language, vision-language, encoder), a diffusers model or pipeline, a TransformerLens
+    bridge, an nnsight model, or any torch module that calls scaled_dot_product_attention; it is used as it is, and `scope.model` is the
+    torch module underneath. `tokenizer`: a tokenizer, or a processor that holds one; needed for texts only. `name`, `source`, `revision`:
+    how the model is called in run cards. `example`: inputs of one forward pass, for a torch module whose attributes do not name its heads.
+    Raises CaptureError for a model whose attention cannot be read, with the reason.
 
     >>> scope = Scope(model, tokenizer)                                             # doctest: +SKIP
     >>> scope.capture("The cat sat on the mat.", statistics=["entropy"])["entropy"][0].shape  # doctest: +SKIP
     torch.Size([1, 9, 7])
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "", source: str = "", revision: str = "") -> None:
-        _check_model(model)
-        self.model = model
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, name: str = "", source: str = "", revision: str = "", example: Any = None
+    ) -> None:
+        self.host: Host = open_host(model, example)
+        self.model: Any = self.host.model
         self.tokenizer = tokenizer
-        self.topology: Topology = derive(model)
-        self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.topology: Topology = self.host.topology
+        self.name = name or str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__)
         self.source = source
         self.revision = revision
-        self._attachment = Attachment(model, self.topology)
+        self._attachment: Attachment = self.host.attachment
 
     # ---- facts --------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        device: torch.device = self.model.device
+        device: torch.device = self.model.device if self.host.takes_text else next(self.model.parameters(), torch.empty(0)).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's floating-point type."""
-        dtype: torch.dtype = self.model.dtype
+        dtype: torch.dtype = self.model.dtype if self.host.takes_text else next(self.model.parameters(), torch.empty(0)).dtype
         return dtype
 
     @property
     def max_length(self) -> int | None:
         """The longest text the model was made for, in tokens; None where the config names none."""
+        if not self.host.takes_text:
+            return None
         text = self._text_config
         for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_target_positions"):
             value = getattr(text, field, None)
@@ -122,12 +128,14 @@ class Scope:
         """16 hex digits that two models share only if their config, their parameters' names and shapes, and a sample of every
         parameter's values agree. Reads a few values per tensor, so it costs milliseconds, and finds a fine-tuned or quantised copy."""
         digest = hashlib.sha256()
-        config = {
-            key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_") and key != "transformers_version"
-        }
+        known: Any = getattr(self.model, "config", None)
+        known = known.to_dict() if hasattr(known, "to_dict") else dict(known) if isinstance(known, Mapping) else {}
+        config = {key: value for key, value in known.items() if not key.startswith("_") and key != "transformers_version"}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            if value.is_meta:  # weights that are kept on disk, or elsewhere, are known by their names and shapes
+                continue
             flat = value.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 61)][:64]
             digest.update(sample.float().cpu().numpy().tobytes() if sample.is_floating_point() else str(sample.tolist()).encode())
@@ -156,6 +164,13 @@ class Scope:
 
     def _inputs(self, data: Data, attention_mask: Tensor | None, left: bool, beyond_context: bool) -> dict[str, Any]:
         """Model inputs for any kind of data, checked."""
+        if not self.host.takes_text:
+            raise refusal(
+                DataError,
+                f"a {type(data).__name__}",
+                f"{self.name} does not read token ids",
+                "pass scope.capture a dict of its forward's arguments, a tuple of them, or one tensor",
+            )
         if isinstance(data, Mapping):
             if attention_mask is not None:
                 raise refusal(
@@ -266,7 +281,15 @@ class Scope:
                 params[name] = tuple(params[name])
         if params.get("layers") == "all":
             params["layers"] = None
+        statistics, params = self.host.completed(statistics, params)
         request = StatisticsRequest(names=expand_names(statistics), **params)
+        if request.layers is not None and isinstance(request.keep, tuple):
+            measured = {self.topology[layer].name for layer in request.layers}
+            for layer in request.keep:
+                if self.topology[layer].name not in measured:
+                    raise refusal(
+                        StatisticError, f"keep={layer!r}", f"only layers {list(request.layers)} are measured", "add it to layers="
+                    )
         for layer in (*(request.layers or ()), *(request.keep if isinstance(request.keep, tuple) else ())):
             record = self.topology[layer]
             if record.capturable:
@@ -283,8 +306,8 @@ class Scope:
         """
         request = self.request(statistics, **params)
         _refuse_checkpointing(self.model)
-        observer = Observer(request, self.topology, verify)
-        stats = HeadStatistics(request, self.topology)
+        observer = self.host.observer(request, verify)
+        stats = self.host.result(request)
         stats._why_empty = "the block has not ended"
         try:
             with self._attachment.active("observer", observer):
@@ -309,10 +332,11 @@ class Scope:
     ) -> HeadStatistics:
         """Run the model over data and measure its attention.
 
-        `data`: a text, a list of texts (padded to a batch), ids [N] or [B, N], or a dict of model inputs. `statistics`: names (None or
-        "passive": all that need nothing else) or a StatisticsRequest; further keywords are its fields. `chunk=n` feeds n tokens at a
-        time through a KV cache. `generate=n` lets the model append n tokens greedily (end-of-text does not stop it); their rows follow
-        the prompt's, so rows and `tokens` have N + n positions. `beyond_context` allows texts longer than the model was made for.
+        `data`: a text, a list of texts (padded to a batch), ids [N] or [B, N], or a dict of model inputs; for a model that does not read
+        ids, what its forward takes (a dict, a tuple, one tensor), and for a pipeline a dict of its call's arguments. `statistics`: names
+        (None or "passive": all that need nothing else) or a StatisticsRequest; further keywords are its fields. `chunk=n` feeds n tokens
+        at a time through a KV cache. `generate=n` lets the model append n tokens greedily (end-of-text does not stop it); their rows
+        follow the prompt's, so rows and `tokens` have N + n positions. `beyond_context` allows texts longer than the model was made for.
 
         Runs without gradients. Raises DataError for unusable data, CaptureError for attention that cannot be measured, StatisticError
         for an unknown statistic.
@@ -321,6 +345,8 @@ class Scope:
         for name, value in (("chunk", chunk), ("generate", generate)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise refusal(DataError, f"{name}={value!r}", "it counts tokens", f"pass {name}=1 or more, or leave it out")
+        if not self.host.takes_text:
+            return self._capture_other(data, request, verify, {"attention_mask": attention_mask, "chunk": chunk, "generate": generate})
         inputs = self._inputs(data, attention_mask, generate is not None, beyond_context)
         self._check_room(inputs, generate, beyond_context)
         with torch.no_grad(), self.observe(request, verify=verify) as stats:
@@ -330,6 +356,17 @@ class Scope:
                 self._run_chunks(inputs, chunk)
             else:
                 self._run_once(inputs)
+        return stats
+
+    def _capture_other(self, data: Any, request: StatisticsRequest, verify: bool, options: dict[str, Any]) -> HeadStatistics:
+        """A run of a model that does not read token ids, over what its own forward (or its pipeline) takes."""
+        for name, value in options.items():
+            if value is not None:
+                raise refusal(DataError, f"{name}=", f"{self.name} does not read token ids", "leave it out, or put it into the inputs")
+        if isinstance(data, str) or (isinstance(data, Sequence) and not isinstance(data, tuple | list)):
+            self._inputs(data, None, False, False)
+        with torch.no_grad(), self.observe(request, verify=verify) as stats:
+            self.host.run(_moved(data, self.device))
         return stats
 
     def _check_room(self, inputs: dict[str, Any], generate: int | None, beyond_context: bool) -> None:
@@ -447,7 +484,7 @@ class Scope:
 
     def generate(self, prompt: Data, *, max_new_tokens: int = 64, **options: Any) -> Generation:
         """Continue a text or ids; greedy unless do_sample=True. `options` go to the model's own generate()."""
-        if not self.model.can_generate():
+        if not self.host.takes_text or not self.model.can_generate():
             raise refusal(
                 CaptureError, type(self.model).__name__, "it cannot generate", "use scope.capture, or a model with a language head"
             )
@@ -477,7 +514,8 @@ class Scope:
         rows = [
             ("model", f"{self.name} ({type(self.model).__name__})"),
             ("attention", repr(self.topology)),
-            ("implementation", str(getattr(self.model.config, "_attn_implementation", ""))),
+            ("host", "" if self.host.kind == "transformers" else self.host.kind),
+            ("implementation", str(getattr(getattr(self.model, "config", None), "_attn_implementation", None) or "")),
             ("dtype, device", f"{str(self.dtype).removeprefix('torch.')}, {self.device}"),
             ("context", str(self.max_length or "no limit named")),
             ("source", " ".join(part for part in (self.source, self.revision) if part)),
@@ -488,27 +526,6 @@ class Scope:
         return {"text/plain": repr(self), "text/html": f"<table><tbody>{cells}</tbody></table>"}
 
 
-def _check_model(model: Any) -> None:
-    """Refuse what is not a transformers model, by name and with what is accepted."""
-    if type(model).__name__ == "OptimizedModule":
-        raise refusal(
-            CaptureError,
-            "a model wrapped by torch.compile",
-            "compiled code does not ask for its attention function any more",
-            "pass the model as it was before torch.compile (its _orig_mod)",
-        )
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel):
-        return
-    kind = f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
-    if hasattr(model, "get_base_model"):
-        raise refusal(CaptureError, f"a {kind}", "it wraps a transformers model", "pass model.get_base_model()")
-    raise refusal(
-        CaptureError, f"a {kind}", "it is not a transformers model", "pass a transformers.PreTrainedModel, or use headscope.load(name)"
-    )
-
-
 def _refuse_checkpointing(model: Any) -> None:
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise refusal(
@@ -517,6 +534,15 @@ def _refuse_checkpointing(model: Any) -> None:
             "its layers run a second time in the backward pass and would be counted twice",
             "call model.gradient_checkpointing_disable() or model.eval()",
         )
+
+
+def _moved(data: Any, device: torch.device) -> Any:
+    """Inputs with their tensors on the model's device."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device)
+    if isinstance(data, Mapping):
+        return {key: _moved(value, device) for key, value in data.items()}
+    return type(data)(_moved(value, device) for value in data) if type(data) in (tuple, list) else data
 
 
 def _as_ids(data: Data) -> Tensor:

@@ -34,6 +34,7 @@ class RowSums:
         self.es = torch.zeros(shape, dtype=g.dtype, device=g.device) if request.needs("entropy") else None
         self.argmax = torch.full(shape, -1, dtype=torch.int64, device=g.device) if request.needs("argmax") else None
         self.sinks = None if call.sink_logits is None else call.sink_logits.to(g.device).double().repeat(g.batch)[:, None]
+        self.lowest = torch.finfo(g.dtype).min / 2
         self._ramp = torch.arange(g.unit, 0, -1, dtype=g.dtype, device=g.device)
         self._lines = torch.arange(1, device=g.device)
         self._blocks = -1
@@ -56,13 +57,12 @@ class RowSums:
         masses.scatter_(-1, which, block.scatter_(1, offset, 0.0).sum(-1).view_as(which))
         rest = masses.sum(-1)
         self.rest[at] = rest
-        if bounded:
-            self.m[at] = tile.m.squeeze(-1)
+        self.m[at] = tile.m.squeeze(-1)
         if self.sinks is None:
             f = rest.add_(1.0).reciprocal_()
         else:
             f = (rest.double() + 1.0 + torch.exp(self.sinks[tile.heads] - tile.m.squeeze(-1).double())).reciprocal_().to(g.dtype)
-        return f if bounded else f.masked_fill_(self.m[at] == -math.inf, 0.0)
+        return f if bounded else f.masked_fill_(self.m[at] <= self.lowest, 0.0)
 
     def merge(self, other: RowSums) -> None:
         """Take over the rows of another part of the call."""
@@ -75,7 +75,7 @@ class RowSums:
 
     def seen(self) -> Tensor:
         """[B, Hq, Nq] bool: the row sees a key."""
-        return self.geometry.own(self.m) > -math.inf
+        return self.geometry.own(self.m) > self.lowest
 
     def lse(self) -> Tensor:
         """ln of the normaliser, sink logit included, [B, Hq, Nq] float64; NaN on rows that do not count."""

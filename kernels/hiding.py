@@ -24,41 +24,18 @@ HIDING_BIAS = -1e30
 
 
 class Patch(NamedTuple):
-    """Columns [begin, end) of rows [top, bottom) of a tile; `mask` is [1 or heads, bottom - top, end - begin] bool, None hides all.
+    """Rows [top, bottom) and columns [begin, end) of a tile, and what is hidden there, for scores and for weights.
 
-    `offset` and `keep`, where given, are the same as numbers: 0 and -inf to add to scores, 1 and 0 to multiply weights with. They are twice
-    as fast as assignment, and as good for keys that are real tokens.
+    Either both are one bool mask [1 or heads, rows or 1, columns or 1], True for hidden, to be assigned by; or `hide` is 0 and -inf to add to
+    scores and `keep` 1 and 0 to multiply weights with, which is twice as fast and as good for keys that are real tokens.
     """
 
     top: int
     bottom: int
     begin: int
     end: int
-    mask: Tensor | None = None
-    offset: Tensor | None = None
-    keep: Tensor | None = None
-
-    def hide_scores(self, x: Tensor, first: int) -> None:
-        """Set hidden scores to -inf in x [some heads, R, n], the first of which is head `first` of the tile."""
-        part = x[:, self.top : self.bottom, self.begin : self.end]
-        if self.offset is not None:
-            part.add_(self.offset)
-        else:
-            self._fill(part, first, -math.inf)
-
-    def hide_weights(self, e: Tensor, first: int) -> None:
-        """Set hidden weights to 0 in e, as `hide_scores`."""
-        part = e[:, self.top : self.bottom, self.begin : self.end]
-        if self.keep is not None:
-            part.mul_(self.keep)
-        else:
-            self._fill(part, first, 0.0)
-
-    def _fill(self, part: Tensor, first: int, value: float) -> None:
-        if self.mask is None:
-            part.fill_(value)
-        else:
-            part.masked_fill_(self.mask if self.mask.shape[0] == 1 else self.mask[first : first + len(part)], value)
+    hide: Tensor
+    keep: Tensor
 
 
 class Hiding:
@@ -67,6 +44,7 @@ class Hiding:
     def __init__(self, call: AttentionCall, geometry: Geometry) -> None:
         self.mask = call.mask
         self.geometry = geometry
+        self._all = torch.ones(1, 1, 1, dtype=torch.bool, device=geometry.device)
         self._edges: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -81,9 +59,9 @@ class Hiding:
         low, high = span.begin + g.k0 - first_key, span.end + g.k0 - first_key
         out: list[Patch] = []
         if low > 0:
-            out.append(Patch(0, size, 0, low))
+            out.append(Patch(0, size, 0, low, self._all, self._all))
         if high < count:
-            out.append(Patch(0, size, high, count))
+            out.append(Patch(0, size, high, count, self._all, self._all))
         if g.causal:
             out += self._beyond(start, first_key, low, high, 1)
         if g.window is not None:
@@ -98,16 +76,16 @@ class Hiding:
         """Hides s >= t + ahead."""
         size = self.geometry.tile_rows
         begin = min(max(start + ahead - first_key, low), high)
-        return [Patch(0, size, begin, high, None, *self._edge(first_key + begin - start - ahead, high - begin, True))] if begin < high else []
+        return [Patch(0, size, begin, high, *self._edge(first_key + begin - start - ahead, high - begin, True))] if begin < high else []
 
     def _before(self, start: int, first_key: int, low: int, high: int, window: int) -> list[Patch]:
         """Hides s <= t - window."""
         size = self.geometry.tile_rows
         end = max(min(start + size - window - first_key, high), low)
-        return [Patch(0, size, low, end, None, *self._edge(first_key + low - start + window, end - low, False))] if low < end else []
+        return [Patch(0, size, low, end, *self._edge(first_key + low - start + window, end - low, False))] if low < end else []
 
     def _edge(self, shift: int, columns: int, beyond: bool) -> tuple[Tensor, Tensor]:
-        """`offset` and `keep` [R, columns] that hide column + shift >= row (beyond), or column + shift <= row."""
+        """`hide` and `keep` [R, columns] that hide column + shift >= row (beyond), or column + shift <= row."""
         key = (shift, columns, beyond)
         if key not in self._edges:
             g = self.geometry
@@ -139,7 +117,7 @@ class Hiding:
             hide(~self.of_heads(mask.allowed, b, heads)[..., rows, keys])
         if mask.bias is not None:
             hide(self.of_heads(mask.bias, b, heads)[..., rows, keys] <= HIDING_BIAS)
-        return [] if hidden is None else [Patch(top, bottom, low, high, hidden)]
+        return [] if hidden is None else [Patch(top, bottom, low, high, hidden, hidden)]
 
     def of_heads(self, values: Tensor, b: int, heads: slice) -> Tensor:
         """[B or 1, Hq or 1, Nq, Nk] -> [1 or heads, Nq, Nk] of one batch element."""

@@ -14,6 +14,7 @@ import torch
 from headscope.kernels import geometry as tuning
 from headscope.kernels.counts import eligible_rows
 from headscope.kernels.hiding import Hiding
+from headscope.kernels.strips import weigh_strips
 from headscope.kernels.tile import Tile
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ class Scoring:
         self.counting = g.per_head(counting.to(g.dtype))
         mask = call.mask
         self.hides = mask.key_valid is not None or mask.query_segments is not None or mask.allowed is not None or mask.bias is not None
-        self.floor = FLOOR[g.dtype]
+        self.nothing = torch.empty(0, dtype=g.dtype, device=g.device)
     def part(self, rows: RowSums) -> Scoring:
         """The same queries and keys, with memory of its own, for the tiles whose sums go to `rows`."""
         mine = copy(self)
         mine.rows = rows
-        mine._store = mine._strip = torch.empty(0, dtype=self.geometry.dtype, device=self.geometry.device)
+        mine._store = mine._strip = self.nothing
         return mine
 
     def tile(self, number: int, heads: slice, b: int | None, first_key: int, n: int, span: Span, left: int, right: int) -> Tile:
@@ -74,15 +75,50 @@ class Scoring:
         patches = self.hiding.patches(number, first_key, n, span, b or 0, of_batch)
         maxima = torch.empty(count, size, n // g.unit, dtype=g.dtype, device=g.device)
         m = torch.empty(count, size, 1, dtype=g.dtype, device=g.device)
-        tile = Tile(heads, b, at, g.tile_start(number), first_key, n, span, left, right, patches, store, e, maxima, m, m, m)
         masses = torch.empty_like(maxima)
-        bounded = self._sees_something(number, span)
-        for first, last in self._strips(count, size * n):
-            self._weigh(tile, masses[first:last], number, first, last, of_batch, bounded)
-        tile.f = rows.add(tile, masses, bounded)
+        strips = self._strips(count, size * n)
+        strip = max(last - first for first, last in strips) * size * n
+        if self._strip.numel() < strip:
+            self._strip = torch.empty(strip, dtype=g.dtype, device=g.device)
+        streams = range(heads.start // g.group, heads.stop // g.group)
+        es = self.nothing if rows.es is None else rows.es[heads, at]
+        bias, bias_rows = self._bias(number, span, b or 0, of_batch)
+        weigh_strips(
+            [self.q[s, number] for s in streams],
+            [self.k[s][:, span.begin : span.end] for s in streams],
+            strips,
+            [(patch.top, patch.bottom, patch.begin, patch.end) for patch in patches],
+            [patch.hide for patch in patches],
+            [patch.keep for patch in patches],
+            bias,
+            bias_rows,
+            self._strip,
+            e,
+            maxima,
+            m,
+            masses,
+            es,
+            g.k0 + span.begin - first_key,
+            g.group,
+            g.unit,
+            self.call.softcap or 0.0,
+            FLOOR[g.dtype],
+            torch.finfo(g.dtype).min / 2,
+        )
+        tile = Tile(heads, b, at, g.tile_start(number), first_key, n, left, right, store, e, maxima, m, m, m)
+        tile.f = rows.add(tile, masses, self._sees_something(number, span))
         whole = self.whole[b][number] if b is not None else all(row[number] for row in self.whole)
         tile.w = tile.f if whole else tile.f * self.counting[heads, at]
         return tile
+
+    def _bias(self, number: int, span: Span, b: int, of_batch: slice) -> tuple[Tensor, tuple[int, int]]:
+        """The bias of a tile's own rows [1 or heads, rows, visible keys], empty if there is none, and those rows."""
+        g = self.geometry
+        top, bottom = g.own_rows(number)
+        if self.call.mask.bias is None:
+            return self.nothing, (top, bottom)
+        row = g.tile_start(number) + top - g.q0
+        return self.hiding.of_heads(self.call.mask.bias, b, of_batch)[:, row : row + bottom - top, span.begin : span.end], (top, bottom)
 
     def _strips(self, count: int, per_head: int) -> list[tuple[int, int]]:
         """Heads [first, last) of a tile that are scored together: some of one stream, or some whole streams."""
@@ -92,53 +128,6 @@ class Scoring:
             step = many // group * group
             return [(first, min(first + step, count)) for first in range(0, count, step)]
         return [(s + g, min(s + g + many, s + group)) for s in range(0, count, group) for g in range(0, group, many)]
-
-    def _weigh(self, tile: Tile, masses: Tensor, number: int, first: int, last: int, of_batch: slice, bounded: bool) -> None:
-        """One strip: scores, maxima, weights, and the two sums over keys."""
-        g, rows = self.geometry, self.rows
-        size, n, count = g.tile_rows, tile.n, last - first
-        if self._strip.numel() < count * size * n:
-            self._strip = torch.empty(count * size * n, dtype=g.dtype, device=g.device)
-        x = self._strip[: count * size * n].view(count, size, n)
-        self._score(tile, number, x, first, of_batch)
-        for patch in tile.patches:
-            patch.hide_scores(x, first)
-        maxima, m, e = tile.maxima[first:last], tile.m[first:last], tile.e[first:last]
-        torch.amax(x.view(count, size, -1, g.unit), -1, out=maxima)
-        torch.amax(maxima, -1, keepdim=True, out=m)
-        at = (slice(tile.heads.start + first, tile.heads.start + last), tile.rows)
-        if not bounded:
-            rows.m[at] = m.squeeze(-1)
-            m.clamp_(min=torch.finfo(g.dtype).min / 2)
-        x.sub_(m).clamp_(min=self.floor)
-        torch.exp(x, out=e)
-        for patch in tile.patches:
-            patch.hide_weights(e, first)
-        if rows.es is not None:
-            torch.sum(x.mul_(e), -1, out=rows.es[at])
-        torch.sum(e.unflatten(-1, (-1, g.unit)), -1, out=masses)
-
-    def _score(self, tile: Tile, number: int, x: Tensor, first: int, of_batch: slice) -> None:
-        """q k^T of a strip, soft-capped and biased; columns outside of the tile's span are left as they are."""
-        g = self.geometry
-        begin, end = tile.span
-        column = g.k0 + begin - tile.first_key
-        count, size, group = x.shape[0], g.tile_rows, g.group
-        scores = x.view(count * size, -1)[:, column : column + end - begin]
-        head = tile.heads.start + first
-        if count < group:
-            inside = head % group * size
-            torch.mm(self.q[head // group, number, inside : inside + count * size], self.k[head // group][:, begin:end], out=scores)
-        else:
-            for i, s in enumerate(range(head // group, (head + count) // group)):
-                torch.mm(self.q[s, number], self.k[s][:, begin:end], out=scores[i * group * size : (i + 1) * group * size])
-        if self.call.softcap is not None:
-            scores.tanh_().mul_(self.call.softcap)
-        if self.call.mask.bias is not None:
-            top, bottom = g.own_rows(number)
-            row = tile.start + top - g.q0
-            bias = self.hiding.of_heads(self.call.mask.bias, tile.b or 0, of_batch)[:, row : row + bottom - top, begin:end]
-            x[:, top:bottom, column : column + end - begin].add_(bias if bias.shape[0] == 1 else bias[first : first + count])
 
     def _sees_something(self, number: int, span: Span) -> bool:
         """True when every row of the tile is sure to see a key, by position alone."""

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headscope.kernels.geometry import Span
-    from headscope.kernels.hiding import Patch
-
 
 @dataclass(slots=True, eq=False)
 class Tile:
@@ -22,7 +19,6 @@ class Tile:
 
     - `b`: batch element, None when there are several in the tile and nothing differs between them.
     - `rows`: the tile's rows among the call's padded rows; `start`: absolute position of the first, `first_key` of the first column.
-    - `span`: the call's keys that some row can see; `patches`: what is hidden among them.
     - `store` [heads * R, left + n + right] and `e` [heads, R, n], its inner part: exp(score - row maximum), 0 where hidden.
     - `maxima` [heads, R, n / unit]: largest score per key block; `m` [heads, R, 1]: row maximum, made finite.
     - `f` [heads, R]: 1 / normaliser, 0 on rows that see no key; `w`: the same, 0 on rows that do not count.
@@ -34,10 +30,8 @@ class Tile:
     start: int
     first_key: int
     n: int
-    span: Span
     left: int
     right: int
-    patches: list[Patch]
     store: Tensor
     e: Tensor
     maxima: Tensor

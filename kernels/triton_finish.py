@@ -14,6 +14,9 @@ import triton.language as tl
 
 from headscope.kernels.triton_common import element_mask, load_bias, load_tile, soft_cap
 
+# ruff: noqa: SIM108  (branches on compile-time flags stay statements)
+# fmt: off
+
 
 @triton.jit
 def _merged(b_old, p_new, m_r, b_old_factor, b_new_factor):
@@ -28,9 +31,7 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
                   GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr, WAAD: tl.constexpr,
                   SINK: tl.constexpr, LOCAL: tl.constexpr, WIN: tl.constexpr, CLASSES: tl.constexpr, SINK_LOGITS: tl.constexpr,
                   BR: tl.constexpr):
-    """GIVEN: 0 running references, 1 the lse was given and slot 1 is the largest exponent, 2 the same with the largest weight in slot 1.
-
-    In place in the first split of `raw`: slot 0 becomes the lse in nats, slot 1 the largest weight, the others their statistic."""
+    """In place in the first split of `raw`: slot 0 becomes the lse in nats, slot 1 the largest weight, the others their statistic."""
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_r = o_r < n_rows
     i_bh = o_r // Nq
@@ -100,9 +101,7 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
         m_live = m_live & (tl.abs(b_ref) < float("inf"))
         b_lse = b_ref
         b_part = tl.full([BR], 1.0, tl.float32)
-        b_peak = b_one
-        if GIVEN == 1:
-            b_peak = tl.exp2(b_one)
+        b_peak = tl.exp2(b_one)
         b_x = -b_x
     else:
         m_live = m_live & (b_one > 0)
@@ -147,12 +146,12 @@ def finish_kernel(raw, classes, lo, hi, sinks, stride_ib, stride_raw, Hq, Nq, n_
 
 
 @triton.jit(
-    do_not_specialize=["Nq", "Nk", "k_offset", "k_shift", "stride_ib", "Hq", "group"]
+    do_not_specialize=["Nq", "Nk", "k_offset", "stride_ib", "Hq", "group"]
 )
 def argmax_kernel(q, k, win, order, argmax, lo, hi, key_valid, q_segments, k_segments, allowed, bias,
                   stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_ib,
                   stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk,
-                  scale2, slope, cap2, Hq, group, Nq, Nk, k_offset, k_shift,
+                  scale2, slope, cap2, Hq, group, Nq, Nk, k_offset,
                   ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   TMA: tl.constexpr, UPCAST: tl.constexpr):
     """Absolute position of the first largest score of every row, given the number of the key tile it lies in; -1 where there is none.
@@ -179,7 +178,7 @@ def argmax_kernel(q, k, win, order, argmax, lo, hi, key_valid, q_segments, k_seg
     b_arg = tl.full([BM], -1, tl.int64)
     i_k = tl.min(b_win)
     while i_k < 8388608:
-        o_k = i_k * BN - k_shift
+        o_k = i_k * BN
         b_keys = o_k + tl.arange(0, BN)
         # [BM, BN]
         b_k = load_tile(k, i_b, i_kh, o_k, Nk, stride_kb, stride_kh, stride_kn, stride_kd, D, DP, BN, TMA, UPCAST)

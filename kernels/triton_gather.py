@@ -12,6 +12,9 @@ import triton.language as tl
 
 from headscope.kernels.triton_common import soft_cap
 
+# ruff: noqa: SIM108  (branches on compile-time flags stay statements)
+# fmt: off
+
 
 @triton.jit
 def _visible(m_p, i_b, i_h, b_i, b_j, Nq, Nk, lo, hi, key_valid, q_segments, k_segments, allowed,

@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels: one table, keyed on compute capability and Triton version, never on a GPU's name.
 
-Found by a sweep over tile shapes, warps and stages (`headscope.bench.capture_gpu.tune`); a capability that nobody has measured gets the small,
-safe tiles. A name in a product list says nothing about a card that came later, a capability does.
+Found by a sweep over tile shapes, warps and stages (`headscope.bench.capture_gpu.tune`); a capability that nobody has measured gets the
+small, safe tiles. A name in a product list says nothing about a card that came later, a capability does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     """How a kernel is launched: query rows by keys per tile, warps and software-pipelining stages, tensor descriptors or pointers.
 
     `registers` caps a thread's registers, so that one more program fits a multiprocessor; None leaves it to the compiler.
+    `halves`: the column sweep takes full tiles in two halves, one's product running under the other's exponentials.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class Tile(NamedTuple):
     stages: int = 2
     descriptors: bool = False
     registers: int | None = None
+    halves: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -49,13 +51,11 @@ class _Row(NamedTuple):
 
 
 _TABLE = (
-    _Row("out", (9, 0), (3, 4), True, 128, Tile(128, 64, 4, 2, True)),
+    _Row("out", (9, 0), (3, 4), True, 128, Tile(128, 128, 8, 3, True)),
     _Row("out", (9, 0), (3, 4), True, 256, Tile(128, 64, 8, 2, True)),
-    _Row("rows", (9, 0), (3, 4), True, 128, Tile(128, 128, 4, 2, True)),
+    _Row("rows", (9, 0), (3, 4), True, 128, Tile(64, 128, 4, 3, True)),
     _Row("rows", (9, 0), (3, 4), True, 256, Tile(128, 64, 8, 2, True)),
-    _Row("fused", (9, 0), (3, 4), True, 128, Tile(128, 128, 8, 2, True)),
-    _Row("fused", (9, 0), (3, 4), True, 256, Tile(128, 64, 8, 2, True)),
-    _Row("columns", (9, 0), (3, 4), True, 128, Tile(128, 128, 4, 2, True)),
+    _Row("columns", (9, 0), (3, 4), True, 128, Tile(128, 128, 4, 2, True, None, True)),
     _Row("columns", (9, 0), (3, 4), True, 256, Tile(64, 128, 8, 2, True)),
     _Row("", (8, 0), (3, 0), True, 128, Tile(64, 64, 4, 2)),
     _Row("", (8, 0), (3, 0), True, 256, Tile(64, 32, 4, 2)),
@@ -69,7 +69,7 @@ _forced: dict[str, Tile] = {}
 
 
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> Tile:
-    """The tile of "rows", "out" (rows with the attention output), "fused" (rows with columns) or "columns" for a head_dim."""
+    """The tile of "rows", "out" (rows with the attention output) or "columns" for a head_dim."""
     if kernel in _forced:
         return _forced[kernel]
     if INTERPRETED:
@@ -77,7 +77,8 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, width: int) 
     capability, version = torch.cuda.get_device_capability(device), triton_version()
     half = dtype in {torch.bfloat16, torch.float16}
     for row in _TABLE:
-        if row.kernel in {kernel, ""} and capability >= row.capability and version >= row.triton and half == row.half and width <= row.width:
+        runs = capability >= row.capability and version >= row.triton
+        if row.kernel in {kernel, ""} and runs and half == row.half and width <= row.width:
             return row.tile
     return Tile(32, 32, 4, 1)
 

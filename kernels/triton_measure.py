@@ -3,8 +3,8 @@
 What runs follows from what is asked for, and nothing else does:
 
 - row statistics need sweep 1 (`triton_rows`); column sums, bands and maps need sweep 2 (`triton_columns`), which needs every row's lse;
-- where the host's fused kernel has already returned its lse (`call.facts["lse"]` [B, Hq, Nq], nats, sink logit included), sweep 1 is skipped
-  when no row statistic is asked for, and otherwise one pass gives rows, columns and maps together;
+- where the host's fused kernel has already returned its lse (`call.facts["lse"]` [B, Hq, Nq], nats, sink logit included), sweep 1 is
+  skipped when no row statistic is asked for;
 - pairs are gathered, given the lse.
 
 The silent failure this avoids: output buffers are allocated uninitialised for speed, so every element must be written by a kernel. Tests
@@ -22,11 +22,10 @@ import torch
 from headscope.kernels.triton_columns import columns_kernel
 from headscope.kernels.triton_common import INTERPRETED, LOG2E
 from headscope.kernels.triton_finish import argmax_kernel, finish_kernel
-from headscope.kernels.triton_fused import fused_kernel
 from headscope.kernels.triton_gather import pairs_kernel, window_kernel
 from headscope.kernels.triton_launch import Tile, processors, tile_for
 from headscope.kernels.triton_rows import rows_kernel
-from headscope.kernels.triton_visibility import Visibility, batched, visibility
+from headscope.kernels.triton_visibility import ALLOWED, BIAS, Visibility, batched, visibility
 from headscope.statistics.partial import PartialStatistics
 
 if TYPE_CHECKING:
@@ -187,13 +186,7 @@ class _Run:
         lse = self._given()
         hot = set(row_names) - {"lse", "sink_logit_mass"}
         if lse is None or hot or output:
-            # a learned sink may leave every weight of a row too small for float32: the fused pass then could not tell which is the largest
-            if lse is not None and hot and column_names and not output and "class_mass" not in names and call.sink_logits is None:
-                row, made = self._sweep_both(row_names, column_names, lse)
-                self._take_columns(result, made)
-                column_names = ()
-            else:
-                row = self._sweep_rows(row_names, lse, output)
+            row = self._sweep_rows(row_names, lse, output)
             lse = row.raw[0, 0]
             self._take_rows(result, row, row_names)
         else:
@@ -213,7 +206,8 @@ class _Run:
         return result
 
     def _given(self) -> Tensor | None:
-        """The host kernel's lse, NaN on rows that see nothing; None where there is none, or where the intervals do not say which those are."""
+        """The host kernel's lse, NaN on rows that see nothing; None where there is none,
+        or where the intervals do not say which those are."""
         given = self.call.facts.get("lse")
         if not isinstance(given, torch.Tensor) or self.seen.element:
             return None
@@ -247,54 +241,22 @@ class _Run:
             batched(self.seen.lo), batched(self.seen.dense), batched(first), *self.mask_strides()[1:], batched(labels), raw.shape[1],
             *self.scales, self.heads, call.group, self.rows, self.keys, call.query_offset, call.key_offset, self.near(names),
             request.sink_tokens, request.local_window, request.waad_window, splits,
-            GIVEN=lse is not None, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, ROWMAX="row_max" in names, WIN=slots.get("win", -1),
+            GIVEN=lse is not None, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, ROWMAX="row_max" in names,
+            WIN=slots.get("win", -1),
             CLASSES=classes, OUT=output, ELEMENT=self.seen.element, SOFTCAP=self.softcap, CAUSAL=call.mask.causal,
             D=self.width, DP=_padded(self.width), DV=v.shape[3], DVP=_padded(v.shape[3]), BM=tile.rows, BN=tile.keys,
             SINK_LOGITS=sinks is not None, TMA=tma, UPCAST=self.upcast, **tile.options,
         )  # fmt: skip
-        return self._finish(raw, class_raw, slots, splits, 0 if lse is None else 1, tile, tma, 0)
+        return self._finish(raw, class_raw, slots, splits, lse is not None, tile, tma)
 
-    def _sweep_both(self, names: tuple[str, ...], columns: tuple[str, ...], lse: Tensor) -> tuple[_Row, dict[str, Tensor]]:
-        call, request = self.call, self.request
-        assert request is not None
-        tile = tile_for("fused", call.q.device, call.q.dtype, self.width)
-        cell, q_shift, k_shift, cells_q, cells_k = self.cell(tile, columns)
-        slots = self._slots(names)
-        raw = torch.zeros(1, 2 + len(slots), self.batch, self.heads, self.rows, device=call.q.device)
-        peaked = "argmax" in names or "row_max" in names
-        peak = torch.zeros(self.batch, self.heads, self.rows, dtype=torch.int64, device=call.q.device) if peaked else raw
-        made = self._column_buffers(columns, cells_q, cells_k)
-        tma = tile.descriptors and _describable(call.q) and _describable(call.k)
-        weight = None if self.counted is None else self.counted.to(torch.float32).contiguous()
-        reference, first = self._reference(lse, None), self._first()
-        lo, hi = request.fai_band
-        fused_kernel[(_cdiv(self.keys + k_shift, tile.keys), self.batch * self.heads)](
-            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), reference, self.seen.key_lo, self.seen.key_hi, self.seen.dense,
-            first, raw if weight is None else weight, raw, peak,
-            *(made.get(name, raw) for name in ("column_sum", "fai", "block_mass", "block_max")),
-            *call.q.stride(), *call.k.stride(), batched(self.seen.key_lo), batched(self.seen.dense), batched(first),
-            0 if weight is None else batched(weight), self.batch * self.heads * self.rows,
-            *self.scales, self.heads, call.group, self.rows, self.keys, call.query_offset, call.key_offset, q_shift, k_shift,
-            self.near(names + columns), request.sink_tokens, request.local_window, request.waad_window, lo, FAR if hi is None else hi,
-            cells_q, cells_k, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, PEAK=peaked, COLUMNS="column_sum" in made,
-            FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made, TOP="block_max" in made, CELL=cell,
-            RESTRICT=weight is not None, SOFTCAP=self.softcap, CAUSAL=call.mask.causal, D=self.width, DP=_padded(self.width),
-            BM=tile.rows, BN=tile.keys, W=min(4, tile.rows // 16), TMA=tma, UPCAST=self.upcast, **tile.options,
-        )  # fmt: skip
-        raw[0, 0] = reference
-        if peaked:
-            raw[0, 1] = (peak >> 32).to(torch.int32).view(torch.float32)
-        if "win" in slots:
-            raw[0, slots["win"]] = torch.where(peak == 0, 1 << 23, (1 << 31) - 1 - (peak & 0xFFFFFFFF)).to(torch.float32)
-        return self._finish(raw, None, slots, 1, 2, tile, tma, k_shift), made
-
-    def _finish(self, raw: Tensor, class_raw: Tensor | None, slots: dict[str, int], splits: int, given: int, tile: Tile, tma: bool,
-                k_shift: int) -> _Row:  # fmt: skip
+    def _finish(self, raw: Tensor, class_raw: Tensor | None, slots: dict[str, int], splits: int, given: bool, tile: Tile,
+                tma: bool) -> _Row:  # fmt: skip
         """Values from accumulators, and the winning keys from the winning tiles."""
         n_rows, block = self.batch * self.heads * self.rows, 128 if class_raw is None else 32
         sinks = self._sinks()
         finish_kernel[(_cdiv(n_rows, block),)](
-            raw, raw if class_raw is None else class_raw, self.seen.lo, self.seen.hi, raw if sinks is None else sinks, batched(self.seen.lo),
+            raw, raw if class_raw is None else class_raw, self.seen.lo, self.seen.hi, raw if sinks is None else sinks,
+            batched(self.seen.lo),
             raw.shape[1], self.heads, self.rows, n_rows, splits,
             GIVEN=given, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, WIN=slots.get("win", -1),
             CLASSES=0 if class_raw is None else class_raw.shape[-1], SINK_LOGITS=sinks is not None, BR=block, num_warps=4,
@@ -310,7 +272,7 @@ class _Run:
             argmax_kernel[(_cdiv(self.rows, tile.rows), self.batch * self.heads)](
                 call.q, _operand(call.k, tile.keys, tma), win, order, argmax, lo, hi, *element,
                 *call.q.stride(), *call.k.stride(), *self.mask_strides(), *self.scales, self.heads, call.group, self.rows, self.keys,
-                call.key_offset, k_shift, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=_padded(self.width),
+                call.key_offset, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=_padded(self.width),
                 BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=1,
             )  # fmt: skip
         return _Row(raw, slots, class_raw, argmax)
@@ -336,18 +298,25 @@ class _Run:
         tma = tile.descriptors and _describable(call.q) and _describable(call.k)
         lo, hi = request.fai_band
         key_lo, key_hi, *element = self.mask_pointers(columns=True)
+        # distances and text segments are scattered from whole tiles; with an explicit mask or a bias no tile is full
+        halves = tile.halves and not {*_CROSSING} & {*names} and not self.seen.element & (ALLOWED | BIAS)
+        reference = self._reference(lse, self.counted, q_shift, tile.rows)
         columns_kernel[(_cdiv(self.keys + k_shift, tile.keys), self.batch * self.heads)](
-            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), self._reference(lse, self.counted),
-            key_lo, key_hi, self.seen.dense, *element,
+            _operand(call.q, tile.rows, tma), _operand(call.q, tile.rows // 2, tma) if halves else call.q, _operand(call.k, tile.keys, tma),
+            reference, key_lo, key_hi, self.seen.dense, *element,
             *(made.get(name, dummy) for name in ("column_sum", "fai", "block_mass", "block_max", "diagonal_sum")), text_q, text_k,
             made.get("segment_mass", dummy),
-            *call.q.stride(), *call.k.stride(), batched(key_lo), batched(self.seen.dense), *self.mask_strides(columns=True)[1:],
-            batched(text_q), batched(text_k), *self.scales, self.heads, call.group, self.rows, self.keys, call.query_offset, call.key_offset,
+            *call.q.stride(), *call.k.stride(), reference.shape[2], batched(key_lo), batched(self.seen.dense),
+            *self.mask_strides(columns=True)[1:],
+            batched(text_q), batched(text_k), *self.scales, self.heads, call.group, self.rows, self.keys, call.query_offset,
+            call.key_offset,
             q_shift, k_shift, self.near(names), lo, FAR if hi is None else hi, cells_q, cells_k, start, length, segments,
-            COLUMNS="column_sum" in made, FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made, TOP="block_max" in made,
-            CELL=cell, DIAGONAL="diagonal_sum" in made, SEGMENTED=segments > 0, GUARD=call.mask.query_valid is not None, ELEMENT=self.seen.element, SOFTCAP=self.softcap,
-            CAUSAL=call.mask.causal, D=self.width, DP=_padded(self.width), BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast,
-            **tile.options,
+            COLUMNS="column_sum" in made, FAI=("fai" in made) * (2 if hi is None else 1), MASS="block_mass" in made,
+            TOP="block_max" in made,
+            CELL=cell, DIAGONAL="diagonal_sum" in made, SEGMENTED=segments > 0, GUARD=call.mask.query_valid is not None,
+            ELEMENT=self.seen.element, SOFTCAP=self.softcap,
+            CAUSAL=call.mask.causal, HALVES=halves, D=self.width, DP=_padded(self.width), BM=tile.rows, BN=tile.keys, TMA=tma,
+            UPCAST=self.upcast, **tile.options,
         )  # fmt: skip
         return made
 
@@ -360,7 +329,8 @@ class _Run:
             return out
         block = 64 if self.width <= 128 else 32
         pairs_kernel[(_cdiv(queries.shape[1], block), self.batch * self.heads)](
-            call.q, call.k, lse.contiguous(), queries, keys, out, *self.mask_pointers(), *call.q.stride(), *call.k.stride(), batched(queries),
+            call.q, call.k, lse.contiguous(), queries, keys, out, *self.mask_pointers(), *call.q.stride(), *call.k.stride(),
+            batched(queries),
             *self.mask_strides(), *self.scales, self.heads, call.group, self.rows, self.keys, queries.shape[1], call.query_offset,
             call.key_offset, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=_padded(self.width), BP=block, num_warps=4,
         )  # fmt: skip
@@ -373,10 +343,14 @@ class _Run:
         wanted = _cdiv(2 * processors(self.call.q.device), programs)
         return max(1, min(wanted, self.keys // (4 * tile.keys) + 1, 128))
 
-    def _reference(self, lse: Tensor, counted: Tensor | None) -> Tensor:
-        """lse in log2 units, +inf on rows that do not count or see nothing, so that their weights are zero."""
+    def _reference(self, lse: Tensor, counted: Tensor | None, shift: int = 0, multiple: int = 1) -> Tensor:
+        """lse in log2 units, +inf on rows that do not count or see nothing, so that their weights are zero. With `shift` such rows in front
+        and enough behind for a multiple of `multiple`, so that whole tiles can be read."""
+        total = _cdiv(self.rows + shift, multiple) * multiple
+        out = torch.full((self.batch, self.heads, total), torch.inf, device=lse.device)
         keep = lse == lse if counted is None else (lse == lse) & counted[:, None]
-        return torch.where(keep, lse * LOG2E, torch.inf).contiguous()
+        out[:, :, shift : shift + self.rows] = torch.where(keep, lse * LOG2E, torch.inf)
+        return out
 
     def _slots(self, names: tuple[str, ...]) -> dict[str, int]:
         """Where in `raw` each statistic is accumulated; "win" is the number of the key tile with the row's largest score."""

@@ -5,7 +5,8 @@ maximum m grows, as in flash attention (Dao et al., 2205.14135; the online softm
 is a compile-time flag, so one that is not asked for costs nothing; so is the attention output itself (`OUT`).
 
 With the rows' lse known beforehand (`GIVEN`, from the host's own fused kernel) a weight is final when its tile is visited and nothing is
-rescaled; `triton_fused` then gives columns and maps in the same pass.
+rescaled. (One pass for rows, columns and maps together is possible then, and was slower than two on an H200: whichever way the tiles
+are walked, one of the two directions needs atomic adds or shuffles for every statistic.)
 
 Accuracy, where a straightforward sum would lose digits without a sign of it:
 
@@ -26,6 +27,9 @@ from headscope.kernels.triton_common import element_mask, load_bias, load_tile, 
 
 NEVER = 1 << 23
 """Tile number of a row that has seen nothing; larger than any tile, exact in float32."""
+
+# ruff: noqa: SIM108  (branches on compile-time flags stay statements)
+# fmt: off
 
 
 @triton.jit
@@ -181,7 +185,8 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
     """Accumulators of every row into `raw` [n_splits, slots, B * Hq * Nq]; a slot number of -1 means that nobody asked.
 
     Slot 0 is the reference of the exponentials (the running maximum, or the given lse), slot 1 the sum (given lse: the largest exponent);
-    ENTROPY, DISTANCE, SQUARE, WAAD, SINK, LOCAL and WIN are the slots of the others. All in log2 units; `finish_kernel` makes values of them.
+    ENTROPY, DISTANCE, SQUARE, WAAD, SINK, LOCAL and WIN are the slots of the others. All in log2 units; `finish_kernel`
+    makes values of them.
     """
     # the longest rows of a causal head first: the last programs to run are then the short ones
     i_q = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -245,15 +250,17 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
         scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, sink_tokens, local_window, waad_window,
         True, GIVEN, ENTROPY >= 0, DISTANCE >= 0, SQUARE >= 0, WAAD >= 0, SINK >= 0, LOCAL >= 0, ROWMAX, WIN >= 0, CLASSES,
         OUT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
-    b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o = _walk(
-        b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_rows, b_t, a_min,
-        f1 - f0 + g1 - g0, f0, f1 - f0, g0, 0, 0, i_b, i_h, i_kh, first_token,
-        key_valid, q_segments, k_segments, allowed, bias, labels,
-        stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-        stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_lb,
-        scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, sink_tokens, local_window, waad_window,
-        False, GIVEN, ENTROPY >= 0, DISTANCE >= 0, SQUARE >= 0, WAAD >= 0, SINK >= 0, LOCAL >= 0, ROWMAX, WIN >= 0, CLASSES,
-        OUT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
+    if (ELEMENT & 12) == 0:
+        # with an explicit mask or a bias no tile is full
+        b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o = _walk(
+            b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_rows, b_t, a_min,
+            f1 - f0 + g1 - g0, f0, f1 - f0, g0, 0, 0, i_b, i_h, i_kh, first_token,
+            key_valid, q_segments, k_segments, allowed, bias, labels,
+            stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
+            stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_lb,
+            scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, sink_tokens, local_window, waad_window,
+            False, GIVEN, ENTROPY >= 0, DISTANCE >= 0, SQUARE >= 0, WAAD >= 0, SINK >= 0, LOCAL >= 0, ROWMAX, WIN >= 0, CLASSES,
+            OUT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
 
     n_rows = tl.num_programs(1).to(tl.int64) * Nq
     o_row = i_bh.to(tl.int64) * Nq + b_rows

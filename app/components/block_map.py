@@ -137,6 +137,7 @@ def map_figure(run: Run, view: MapView, plane: str, scale: str, scheme: theme.Sc
             range=[view.shown[1], view.shown[0]],
             scaleanchor="x",
             constrain="domain",
+            constraintoward="top",
             minallowed=0,
             maxallowed=view.tokens,
             **spike,

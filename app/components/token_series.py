@@ -89,13 +89,13 @@ def series_figure(run: Run, layer: int, head: int, names: list[str], scheme: the
         ceiling = plot_ceiling(values)
         figure_layout[f"yaxis{suffix}"] = theme.axis(
             scheme,
-            range=None if ceiling is None else [0, ceiling],
             domain=[max(top - share, 0), top],
             nticks=3,
             showgrid=True,
             gridcolor=palette.line,
             tickformat="~g",
             fixedrange=True,
+            **({} if ceiling is None else {"range": [0, ceiling]}),
         )
         figure_layout["annotations"].append(_heading(name, values, ceiling, top, palette))
     figure_layout["xaxis"] = theme.axis(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,11 @@ def milliseconds(run: Callable[[], object], repeats: int = 7, warm: int = 2) -> 
     return statistics.median(times)
 
 
-def attention_inputs(tokens: int, heads: int = 32, kv_heads: int = 8, width: int = 128, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> AttentionCall:
-    """A causal call of random q, k, v on the current CUDA device."""
+def attention_inputs(tokens: int, heads: int = 32, kv_heads: int = 8, width: int = 128) -> AttentionCall:
+    """A causal call of random bfloat16 q, k, v on the current CUDA device."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    q, k, v = (torch.randn(batch, n, tokens, width, generator=generator, device="cuda", dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    shapes = ((1, n, tokens, width) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     return AttentionCall("bench", 0, q, k, v, width**-0.5, MaskFacts(True), kernel="sdpa")
 
 
@@ -63,7 +65,9 @@ def sdpa(call: AttentionCall, backend: str) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         with sdpa_kernel(kind):
-            return torch.nn.functional.scaled_dot_product_attention(call.q, call.k, value, is_causal=True, scale=call.scale, enable_gqa=True)
+            return torch.nn.functional.scaled_dot_product_attention(
+                call.q, call.k, value, is_causal=True, scale=call.scale, enable_gqa=True
+            )
 
     return run
 
@@ -85,14 +89,10 @@ def kernel_rows(tokens: int, repeats: int = 7) -> list[dict[str, Any]]:
         "columns: sums, fai": lambda: measure(given, StatisticsRequest(COLUMN_NAMES)),
         "columns: sums, fai, maps": lambda: measure(given, StatisticsRequest(COLUMN_NAMES + MAP_NAMES)),
         "both sweeps, every passive statistic": lambda: measure(call, StatisticsRequest()),
-        "one pass given lse, every passive statistic": lambda: measure(given, StatisticsRequest()),
     }
     times = {name: milliseconds(run, repeats) for name, run in runs.items()}
-    flops = 2 * tokens * tokens * call.q.shape[3] * call.q.shape[1]
-    return [
-        {"kernel": name, "tokens": tokens, "ms": round(ms, 3), "ratio": round(ms / times["sdpa cudnn"], 3), "dense_tflops": round(flops / ms / 1e9, 1)}
-        for name, ms in times.items()
-    ]  # fmt: skip
+    base = times["sdpa cudnn"]
+    return [{"kernel": name, "tokens": tokens, "ms": round(ms, 3), "ratio": round(ms / base, 3)} for name, ms in times.items()]
 
 
 def given_lse(call: AttentionCall) -> AttentionCall:
@@ -102,6 +102,113 @@ def given_lse(call: AttentionCall) -> AttentionCall:
     from headscope.kernels.triton_measure import measure
 
     return replace(call, facts={**call.facts, "lse": measure(call, StatisticsRequest(("lse",))).rows["lse"]})
+
+
+def llama(layers: int, tokens: int, attention: str = "sdpa") -> Any:
+    """A Llama-shaped model of 8B width with random bfloat16 weights on the current CUDA device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=max(tokens, 4096), rope_theta=500000.0, attn_implementation=attention,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def model_rows(tokens: int, layers: int = 4, repeats: int = 3, eager: bool = True) -> list[dict[str, Any]]:
+    """A whole model's forward with nothing captured, with everything passive captured, and eager with output_attentions.
+
+    Wall time from the first launch until everything captured is on the CPU; peak memory of the allocator, weights included.
+    """
+    import headscope as hs
+
+    model = llama(layers, tokens)
+    scope = hs.Scope(model)
+    ids = torch.randint(0, 32000, (1, tokens), device="cuda", generator=torch.Generator(device="cuda").manual_seed(0))
+
+    def forward(**options: Any) -> object:
+        with torch.no_grad():
+            return model(ids, use_cache=False, logits_to_keep=1, **options)
+
+    def captured() -> object:
+        with scope.observe(verify=False) as stats:
+            forward()
+        return stats
+
+    def eager_forward() -> object:
+        model.set_attn_implementation("eager")
+        try:
+            return forward(output_attentions=True)
+        finally:
+            model.set_attn_implementation("sdpa")
+
+    ways: dict[str, Callable[[], object]] = {"sdpa forward": forward, "sdpa forward, every passive statistic captured": captured}
+    if eager:
+        ways["eager forward, output_attentions=True"] = eager_forward
+    rows: list[dict[str, Any]] = []
+    for name, way in ways.items():
+        row: dict[str, Any] = {"forward": name, "tokens": tokens, "layers": layers}
+        try:
+            row |= _wall(way, repeats)
+        except torch.OutOfMemoryError:
+            row |= {"ms": None, "gib": None, "error": "out of memory"}
+            torch.cuda.empty_cache()
+        base = rows[0] if rows else row
+        for key in ("ms", "gib"):
+            row[f"{key}_ratio"] = None if row[key] is None else round(row[key] / base[key], 3)
+        rows.append(row)
+    return rows
+
+
+def _wall(way: Callable[[], object], repeats: int) -> dict[str, float]:
+    way()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        kept = way()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+        del kept
+    return {"ms": round(statistics.median(times), 2), "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+
+
+def run(lengths: Iterable[int] = (8192, 32768, 131072), layers: int = 4) -> dict[str, Any]:
+    """`headscope bench capture` on a CUDA device: kernels and whole models at each length, as tables of ratios."""
+    kernels: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
+    for tokens in lengths:
+        kernels += kernel_rows(tokens)
+        torch.cuda.empty_cache()
+        models += model_rows(tokens, layers, eager=tokens <= 16384)
+        torch.cuda.empty_cache()
+    shape = "bfloat16, 32 query heads, 8 key heads, head_dim 128, causal"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__},
+        "tables": [
+            {
+                "title": f"Kernels against cuDNN attention ({shape})",
+                "columns": ["kernel", "tokens", "ms", "ratio"],
+                "rows": kernels,
+            },
+            {
+                "title": f"A Llama of 8B width, {layers} layers ({shape})",
+                "columns": ["forward", "tokens", "ms", "ms_ratio", "gib", "gib_ratio"],
+                "rows": models,
+            },
+        ],
+        "notes": ["eager with output_attentions is run up to 16,384 tokens; beyond, its N x N matrices do not fit one device"],
+    }
 
 
 def tune(tokens: int, kernels: Iterable[str], tiles: Iterable[Tile], width: int = 128) -> list[dict[str, Any]]:
@@ -140,7 +247,5 @@ def tuning_run(kernel: str, call: AttentionCall, given: AttentionCall) -> tuple[
         "columns+fai": ("columns", lambda: measure(given, StatisticsRequest(COLUMN_NAMES))),
         "columns+mass": ("columns", lambda: measure(given, StatisticsRequest((*COLUMN_NAMES, "block_mass")))),
         "columns+maps": ("columns", lambda: measure(given, StatisticsRequest(COLUMN_NAMES + MAP_NAMES))),
-        "fused": ("fused", lambda: measure(given, StatisticsRequest())),
-        "fused-no-maps": ("fused", lambda: measure(given, StatisticsRequest(ROW_NAMES + COLUMN_NAMES))),
     }
     return table[kernel]

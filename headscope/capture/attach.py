@@ -13,7 +13,7 @@ attention function.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -66,13 +66,17 @@ class Actor:
 
 
 class Attachment:
-    """The fastening of one scope to its model."""
+    """The fastening of one scope to its model. `modules`: where the topology's names are not paths in the model, the module of each name.
 
-    def __init__(self, model: nn.Module, topology: Topology) -> None:
+    Other host libraries subclass it: `_fasten_more` puts on what their seam needs, `_read` reads a call, `_not_seen` is their refusal.
+    """
+
+    def __init__(self, model: nn.Module, topology: Topology, modules: Mapping[str, nn.Module] | None = None) -> None:
         self._model = model
         self._records: WeakKeyDictionary[nn.Module, AttentionModule] = WeakKeyDictionary()
         for record in topology.modules:
-            self._records[model.get_submodule(record.name)] = record
+            self._records[model.get_submodule(record.name) if modules is None else modules[record.name]] = record
+        self._names = None if modules is not None else tuple(record.name for record in topology.modules)
         self._actors: list[Actor] = []
         self._fastened: ExitStack | None = None
         self._lock = threading.RLock()
@@ -114,6 +118,10 @@ class Attachment:
         state: ForwardState = self._local.state
         return state
 
+    def module_of(self, record: AttentionModule) -> nn.Module:
+        """The live module of a topology's record."""
+        return next(module for module, known in self._records.items() if known is record)
+
     def _here(self, stage: Stage) -> list[Actor]:
         thread = threading.get_ident()
         return [actor for actor in self._actors if actor.stage == stage and actor.thread == thread]
@@ -121,6 +129,7 @@ class Attachment:
     def _fasten(self) -> None:
         from transformers import PreTrainedModel
 
+        self._refuse_changed()
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
                 _refuse_compiled(name, module)
@@ -133,9 +142,28 @@ class Attachment:
                 stack.callback(module.register_forward_pre_hook(self._module_starts, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._module_ends, always_call=True, prepend=True).remove)
             stack.enter_context(_uncompiled_generate(self._model))
+            self._fasten_more(stack)
             seam.open_seam(self, capturable)
             stack.callback(seam.close_seam, self, capturable)
             self._fastened = stack.pop_all()
+
+    def _refuse_changed(self) -> None:
+        """An attention module that was replaced since the scope was made would be missed without a word."""
+        for name in self._names or ():
+            try:
+                known = self._model.get_submodule(name) in self._records
+            except AttributeError:
+                known = False
+            if not known:
+                raise refusal(
+                    CaptureError,
+                    name,
+                    "this attention module was replaced or removed since the Scope was made",
+                    "make a new Scope of the model",
+                )
+
+    def _fasten_more(self, stack: ExitStack) -> None:
+        """What another host's seam needs beside the hooks; closing the stack takes it off."""
 
     # ---- hooks --------------------------------------------------------------------------------------------------
 
@@ -165,13 +193,7 @@ class Attachment:
             return
         state.leave_module(run)
         if output is not None and not run.calls:
-            raise refusal(
-                CaptureError,
-                f"{record.name} ({type(module).__name__})",
-                "it ran, but its attention never reached transformers' attention interface (its code took another path, e.g. GPT-2's "
-                "reorder_and_upcast_attn, or its forward was replaced or compiled)",
-                "switch that option off, or call model.set_attn_implementation('sdpa')",
-            )
+            raise self._not_seen(record, module)
         if run.calls > 1 and run.rows is not None and run.rows_seen != run.rows:
             raise refusal(
                 CaptureError,
@@ -179,6 +201,16 @@ class Attachment:
                 f"it called attention {run.calls} times over {run.rows_seen} rows for an input of {run.rows}, so rows have no one place",
                 "this model cannot be measured yet",
             )
+
+    def _not_seen(self, record: AttentionModule, module: nn.Module) -> CaptureError:
+        """The refusal of a module that ran without its attention having reached the seam."""
+        return refusal(
+            CaptureError,
+            f"{record.name} ({type(module).__name__})",
+            "it ran, but its attention never reached transformers' attention interface (its code took another path, e.g. GPT-2's "
+            "reorder_and_upcast_attn, or its forward was replaced or compiled)",
+            "switch that option off, or call model.set_attn_implementation('sdpa')",
+        )
 
     # ---- the call -----------------------------------------------------------------------------------------------
 
@@ -197,7 +229,7 @@ class Attachment:
                     "its forward() was called directly, past its hooks, so the positions of its tokens are unknown",
                     "call the module itself, or the model",
                 )
-            call = build_call(host, module, run, state, function, name)
+            call = self._read(host, module, run, state, function, name)
             edited = call
             interventions = self._here("intervention")
             for actor in interventions:
@@ -226,6 +258,10 @@ class Attachment:
             return (changed, *result[1:]) if isinstance(result, tuple) else changed
 
         return served
+
+    def _read(self, host: HostCall, module: nn.Module, run: ModuleRun, state: ForwardState, function: Any, name: str) -> AttentionCall:
+        """The AttentionCall of a host's call."""
+        return build_call(host, module, run, state, function, name)
 
     def _execute(self, call: AttentionCall, original: AttentionCall) -> Tensor | None:
         """The output of an executor; of our own exact attention where an intervention changed what no host function can be told."""

@@ -1,9 +1,9 @@
 """diffusers: attention of diffusion transformers (and U-Nets), with what each token is, at which timestep, for which guidance branch.
 
 The library has two generations of attention. The older processors call torch's scaled_dot_product_attention themselves (SD3, DiT, U-Nets);
-the newer ones call a dispatcher, which looks a backend up in a registry (Flux and most since). Both are met without touching a processor, so
-outputs are the same to the bit: the first by the watch of `capture.sdpa`, the second by wrapping the registered backends while something is
-active. The library's own switch, `set_attention_backend`, reaches only the second kind and leaves a global setting behind.
+the newer ones call a dispatcher, which looks a backend up in a registry (Flux and most since). Both are met without touching a processor,
+so outputs are the same to the bit: the first by the watch of `capture.sdpa`, the second by wrapping the registered backends while
+something is active. The library's own switch, `set_attention_backend`, reaches only the second kind and leaves a global setting behind.
 
 Joint attention concatenates text and image tokens, SD3 with the image first and Flux with the text first. Nothing in a call says which, so
 it is read off the call's values: v is the plain projection of each stream, and the first text token's can be computed and looked for. The
@@ -15,19 +15,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from headscope.capture import seam
 from headscope.capture.forward import _by_name as by_name
 from headscope.capture.hosts import Host
 from headscope.capture.sdpa import SdpaAttachment, codes_of
 from headscope.capture.steps import IMAGE, TEXT, StepObserver
+from headscope.capture.streams import Forward, find_streams, timesteps
 from headscope.errors import CaptureError, refusal
 from headscope.statistics import HeadStatistics
 from headscope.statistics.steps import Step, StepStatistics
@@ -42,16 +42,12 @@ if TYPE_CHECKING:
     from headscope.capture.observer import Observer
     from headscope.statistics import StatisticsRequest
 
-Stream = tuple[int, int, int]
-"""(label, first position, position after the last)."""
-
-
 # ---- topology ------------------------------------------------------------------------------------------------------
 
 
 def discover_diffusers(model: nn.Module) -> Topology:
-    """The attention modules of a diffusers model. A block's first self- or joint attention has the block's number as its layer; a second one
-    beside it (SD3's `attn2` over image tokens) and cross-attention are addressed by name."""
+    """The attention modules of a diffusers model. A block's first self- or joint attention has the block's number as its layer; a second
+    one beside it (SD3's `attn2` over image tokens) and cross-attention are addressed by name."""
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
 
@@ -84,7 +80,8 @@ def _describe(name: str, module: Any, layer: int | None, cross: bool) -> Attenti
     output = f"{name}.to_out.0" if isinstance(out, nn.ModuleList) else f"{name}.to_out" if isinstance(out, nn.Linear) else None
     processor = type(getattr(module, "processor", None))
     words = {word for code in codes_of(processor) for word in code.co_names}
-    reason = "" if words & {"scaled_dot_product_attention", "dispatch_attention_fn"} else f"its {processor.__name__} computes attention by itself"
+    known = words & {"scaled_dot_product_attention", "dispatch_attention_fn"}
+    reason = "" if known else f"its {processor.__name__} computes attention by itself"
     kv_heads = max(inner // width, 1) if width and heads % max(inner // width, 1) == 0 else heads
     return AttentionModule(
         name, layer, "cross" if cross else "full", heads, kv_heads, width, causal=False, output=output, capturable=reason
@@ -161,16 +158,6 @@ def _as_matrix(mask: Any, batch: int, keys: int) -> Any:
 # ---- fastening -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class _Forward:
-    """The forward pass that is running: its facts, its number of text tokens, and what its joint attention was found to be."""
-
-    step: Step
-    text: int
-    image: int | None
-    image_first: bool | None = None
-
-
 class DiffusersAttachment(SdpaAttachment):
     """The fastening of a scope to a diffusers model."""
 
@@ -217,8 +204,8 @@ class DiffusersAttachment(SdpaAttachment):
         hidden, text = given.get("hidden_states", given.get("sample")), given.get("encoder_hidden_states")
         rows = hidden.shape[0] if isinstance(hidden, torch.Tensor) else 0
         image = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 else None
-        step = Step(state.number, _timestep(given.get("timestep"), rows), self.branches(rows, given, self._context))
-        self._local.forward = _Forward(step, text.shape[1] if isinstance(text, torch.Tensor) and text.dim() == 3 else 0, image)
+        step = Step(state.number, timesteps(given.get("timestep"), rows), self.branches(rows, given, self._context))
+        self._local.forward = Forward(step, text.shape[1] if isinstance(text, torch.Tensor) and text.dim() == 3 else 0, image)
         self._local.streams = {}
 
     def _model_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -246,25 +233,10 @@ class DiffusersAttachment(SdpaAttachment):
         forward = getattr(self._local, "forward", None)
         if forward is None:
             return call
-        streams = None if run.cross else self._streams(forward, module, host.value, rows, hidden, text)
+        streams = None if run.cross else find_streams(forward, module, host.value, rows, text)
         step = forward.step
         facts = {"step": step, "timestep": step.timestep, "branches": step.branches, "streams": streams}
         return replace(call, facts={**call.facts, **facts})
-
-    def _streams(self, forward: _Forward, module: Any, v: Tensor, rows: int | None, hidden: Any, text: Tensor | None) -> tuple[Stream, ...] | None:
-        """Which positions are image tokens and which are text; None where that cannot be told."""
-        keys = v.shape[2]
-        if not forward.text or (rows == keys and keys == forward.image):
-            return ((IMAGE, 0, keys),)
-        if text is not None and rows is not None and rows + text.shape[1] == keys:
-            if forward.image_first is None:
-                forward.image_first = _image_first(module, v, text, rows)
-            forward.image = rows
-        known = forward.image
-        if known is None or forward.image_first is None or known + forward.text != keys:
-            return ((IMAGE, 0, keys),) if known == keys else None
-        image, words = (0, forward.text)[not forward.image_first], (known, 0)[not forward.image_first]
-        return (IMAGE, image, image + known), (TEXT, words, words + forward.text)
 
     def _not_seen(self, record: AttentionModule, module: nn.Module) -> CaptureError:
         processor = type(getattr(module, "processor", None)).__name__
@@ -274,42 +246,6 @@ class DiffusersAttachment(SdpaAttachment):
             "it ran, but its attention reached neither scaled_dot_product_attention nor diffusers' dispatcher",
             "set a processor that uses them, e.g. model.set_default_attn_processor()",
         )
-
-
-def _timestep(value: Any, rows: int) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    times = torch.as_tensor(value).detach().float().reshape(-1).tolist()
-    return tuple(times * rows) if len(times) == 1 else tuple(times)
-
-
-def _image_first(module: Any, v: Tensor, text: Tensor, rows: int) -> bool | None:
-    """Whether image tokens come before text tokens in v [B, H, N, D]: where the first text token's own projection stands. None when it
-    stands at neither place."""
-    added = getattr(module, "add_v_proj", None)
-    with torch.no_grad():
-        if added is not None:
-            first = _project(added, text[:, :1])
-        elif getattr(module, "to_added_qkv", None) is not None:
-            first = _project(module.to_added_qkv, text[:, :1]).chunk(3, -1)[-1]
-        elif getattr(module, "to_v", None) is not None:
-            first = _project(module.to_v, text[:, :1])
-        else:
-            return None
-        here = v.transpose(1, 2).flatten(2)
-        if first.shape[-1] != here.shape[-1]:
-            return None
-        size = float(first.float().norm()) + 1e-30
-        errors = [float((here[:, at : at + 1].float() - first.float()).norm()) / size for at in (rows, 0)]
-    if min(errors) > 0.05:
-        return None
-    return errors[0] < errors[1]
-
-
-def _project(linear: Any, x: Tensor) -> Tensor:
-    """A linear module's output without its hooks being run."""
-    out: Tensor = functional.linear(x, linear.weight, linear.bias) if type(linear) is nn.Linear else linear(x)
-    return out
 
 
 # ---- the host ------------------------------------------------------------------------------------------------------

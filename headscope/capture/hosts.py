@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Host:
     """A transformers model, or the base of the others.
 
-    `kind`: "transformers", "module", "diffusers", "transformer_lens" or "nnsight". `given`: the object passed to Scope. `model`: the torch module that
-    runs. `topology`: its attention modules, by names of its own. `attachment`: what fastens actors to it.
+    `kind`: "transformers", "module", "diffusers", "transformer_lens" or "nnsight". `given`: the object passed to Scope. `model`: the torch
+    module that runs. `topology`: its attention modules, by names of its own. `attachment`: what fastens actors to it.
     """
 
     kind: str

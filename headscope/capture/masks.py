@@ -133,17 +133,20 @@ def plain(place: Place, causal: bool, window: int | None = None, key_valid: Tens
 
 def recognise(mask: DenseMask, place: Place) -> MaskFacts:
     """Facts equal to a mask matrix; the matrix itself only when no facts are."""
-    valid, rows_valid = _validity(mask, place)
-    windows: list[int | None] = [None, *dict.fromkeys(place.windows)]
+    seen = _seen_keys(mask) if place.padding is None else None
+    # The windows come before "no window": a single decoded row cannot tell keys out of its window from padded ones.
+    windows: list[int | None] = [*dict.fromkeys(place.windows), None]
     if mask.shape[1] == 1:
         for causal, window, packed in product((place.causal, not place.causal), windows, (False, True)):
             if packed and (place.segments is None or place.cross):
                 continue
+            valid, rows_valid = _validity(seen, place, window)
             facts = _facts(place, valid, rows_valid, causal=causal, window=window)
             if packed:
                 facts = replace(facts, query_segments=place.segments, key_segments=place.segments)
             if _equal(mask, facts, place):
                 return replace(facts, bias=mask.bias)
+    valid, rows_valid = _validity(seen, place, None)
     allowed = mask.whole()
     causal = _never(mask, place, lambda t, s: s > t)
     base = _facts(place, valid, rows_valid, causal=causal, window=None)
@@ -170,24 +173,26 @@ def visible(facts: MaskFacts, t: Tensor, s: Tensor, low: int = 0) -> Tensor:
     return out
 
 
-def _validity(mask: DenseMask, place: Place) -> tuple[Tensor | None, Tensor | None]:
+def _seen_keys(mask: DenseMask) -> Tensor:
+    """[B, Nk] bool: some row of some head sees the key."""
+    parts = [mask.read(low, high).any(2).any(1) for low, high in mask.blocks()]
+    return torch.stack(parts).any(0)
+
+
+def _validity(seen: Tensor | None, place: Place, window: int | None) -> tuple[Tensor | None, Tensor | None]:
     """Which keys, and which rows, are real tokens: two [B, end] bool masks by absolute position, None where all are.
 
     The model's own padding mask answers both. Without one (a mask made beforehand, as generate() does for static caches) a key that no
     row sees is taken for padding; a row only if it lies in the padding at either end, for a key hidden in the middle may be somebody's
     experiment, and its row still attends.
     """
-    if place.padding is not None:
+    if seen is None:
         return place.padding, place.padding
-    batch, _, _, keys = mask.shape
     valid = torch.ones(place.batch, place.end, dtype=torch.bool, device=place.device)
-    any_row = torch.zeros(batch, keys, dtype=torch.bool, device=place.device)
-    for low, high in mask.blocks():
-        any_row |= mask.read(low, high).any(2).any(1)
     first = place.key_offset  # keys that even the first row's window cannot reach may be unseen and yet real
-    if place.windows and not place.cross:
-        first = max(first, place.query_offset - max(place.windows) + 1)
-    valid[:, first:] = any_row[:, first - place.key_offset :]
+    if window is not None and not place.cross:
+        first = max(first, place.query_offset - window + 1)
+    valid[:, first:] = seen[:, first - place.key_offset :]
     if place.known is not None and place.known.shape[0] == place.batch:
         length = min(place.known.shape[1], place.query_offset)
         valid[:, :length] = place.known[:, :length]

@@ -30,7 +30,7 @@ from headscope.capture.discover import _is_cross as is_cross
 from headscope.capture.discover import _nested as nested_code
 from headscope.capture.discover import _output as output_of
 from headscope.errors import CaptureError, refusal
-from headscope.topology import AttentionModule, Topology
+from headscope.topology import AttentionModule, Kind, Topology
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,8 +112,7 @@ class SdpaAttachment(Attachment):
             return None
         state = self.state
         if state.modules:
-            record = state.modules[-1].record
-            return next(module for module, known in self._records.items() if known is record)
+            return self.module_of(state.modules[-1].record)
         if state.models:
             raise refusal(
                 CaptureError,
@@ -177,9 +176,9 @@ class SdpaAttachment(Attachment):
 def discover_sdpa(model: nn.Module, example: Any = None) -> Topology:
     """The attention modules of any model that calls torch's scaled_dot_product_attention.
 
-    Without an example: modules whose own code names the function, with their heads read from their attributes. With one (a tensor, a tuple of
-    arguments or a dict of keyword arguments of the model's forward): the modules that call it in one forward pass, in the order in which
-    they do, with heads read from q and k. Raises CaptureError when there are none, or when heads cannot be read.
+    Without an example: modules whose own code names the function, with their heads read from their attributes. With one (a tensor, a tuple
+    of arguments or a dict of keyword arguments of the model's forward): the modules that call it in one forward pass, in the order in
+    which they do, with heads read from q and k. Raises CaptureError when there are none, or when heads cannot be read.
     """
     if example is not None:
         return _traced(model, example)
@@ -244,15 +243,16 @@ def _number(holder: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _nothing(model: nn.Module) -> CaptureError:
-    built_in = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
-    why = (
-        "torch.nn.MultiheadAttention keeps its q, k and v to itself"
-        if built_in
-        else "no module of it calls torch's scaled_dot_product_attention, and none is on transformers' attention interface; a softmax of "
-        "its own cannot be read from outside"
-    )
+    kind = f"a {type(model).__module__.partition('.')[0]}.{type(model).__name__}"
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        why = "torch.nn.MultiheadAttention keeps its q, k and v to itself"
+    else:
+        why = (
+            "none of its modules calls torch's scaled_dot_product_attention, and it is not a transformers model; a softmax of its own "
+            "cannot be read from outside"
+        )
     return refusal(
-        CaptureError, type(model).__name__, why, "use a model whose attention is scaled_dot_product_attention, or Scope(model, example=inputs)"
+        CaptureError, kind, why, "pass a transformers.PreTrainedModel, or a module whose attention is scaled_dot_product_attention"
     )
 
 
@@ -299,7 +299,7 @@ def _traced(model: nn.Module, example: Any) -> Topology:
             raise refusal(CaptureError, f"{name}: q {list(q)}, k {list(k)}", "these are not [B, H, N, D]", "this module cannot be measured")
         module = model.get_submodule(name)
         cross = is_cross(name, module) or q[2] != k[2]
-        kind = "cross" if cross else "full"
+        kind: Kind = "cross" if cross else "full"
         number = None if cross else layer
         layer += not cross
         records.append(AttentionModule(name, number, kind, q[1], k[1], q[3], causal, output=output_of(model, name, module)))

@@ -83,6 +83,16 @@ def close_seam(attachment: Attachment, modules: list[nn.Module]) -> None:
             _unwrap()
 
 
+def through(function: HostFunction, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a host's attention function as if it had been looked up: for hosts whose function stands in no table."""
+    return _Wrapped(function, name)(module, *args, **kwargs)
+
+
+def is_serving() -> bool:
+    """True while a call of this thread is being served, so that attention run on its behalf is not taken for the model's."""
+    return bool(getattr(_here, "busy", False))
+
+
 def count_session(step: int) -> None:
     """Say that a session opened (1) or closed (-1) in this thread; the look-up of a thread without sessions returns plain functions."""
     _here.sessions = getattr(_here, "sessions", 0) + step

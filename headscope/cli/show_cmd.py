@@ -69,4 +69,4 @@ def print_profile(profile: HeadProfile, top: int) -> None:
 def print_card(profile: HeadProfile) -> None:
     """The lines that say what the numbers are about."""
     for line in profile.card.lines():
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)

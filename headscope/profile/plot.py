@@ -84,6 +84,7 @@ def heat_map(profile: HeadProfile, metric: str | None = None, *, mark: str | Non
         margin={"l": 60, "r": 20, "t": 90, "b": 50},
         paper_bgcolor="white",
         plot_bgcolor="white",
+        modebar_remove=["sendDataToCloud", "sendChartToCloud"],  # the figure stays on this machine
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "color": INK, "size": 12},
     )
     return figure

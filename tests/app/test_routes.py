@@ -99,7 +99,7 @@ def test_nothing_in_the_document_or_the_assets_comes_from_elsewhere(client) -> N
     document = client.get("/", headers=LOCAL).get_data(as_text=True)
     assert re.findall(r"(?:src|href)=\"(?!/)[^\"]*\"", document) == []
     folder = Path(__file__).parents[2] / "app" / "assets"
-    for name in ("headscope.css", "fonts.css", "headscope.js"):
+    for name in ("headscope.css", "headscope.js"):
         assert "//" not in re.sub(r"/\*.*?\*/", "", (folder / name).read_text(), flags=re.DOTALL)
 
 

@@ -221,16 +221,18 @@ def test_pairs_labels_and_rows_across_chunks():
         assert bool(got[..., 3].isnan().all())
 
 
-def test_observation_may_begin_in_the_middle_of_a_sequence():
-    """Rows before the first one seen are NaN, and only the rows that were seen count in a column."""
+@pytest.mark.parametrize("build", [llama, mistral])
+def test_observation_may_begin_in_the_middle_of_a_sequence(build):
+    """Rows before the first one seen are NaN, and only the rows that were seen count in a column, sliding cache or not."""
     from transformers import DynamicCache
 
-    model, tokens = make(llama), ids(1, LENGTH)
-    scope, cache = Scope(model), DynamicCache()
+    model, tokens = make(build), ids(1, LENGTH)
+    scope, cache = Scope(model), DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens[:, :10], past_key_values=cache)
         with scope.observe(statistics=["entropy", "sink_importance"]) as stats:
-            model(tokens[:, 10:], past_key_values=cache)
+            model(tokens[:, 10:15], past_key_values=cache)
+            model(tokens[:, 15:], past_key_values=cache)
     a = eager_weights(model, tokens, None)[0].double()
     entropy = stats["entropy"][0].double()
     assert bool(entropy[..., :10].isnan().all())

@@ -106,6 +106,18 @@ def test_a_replaced_forward_is_noticed():
         Scope(model).capture(ids(1, 7))
 
 
+def test_a_model_that_was_changed_after_it_was_scoped():
+    model = make(llama)
+    scope = Scope(model)
+    model.model.layers[1] = make(llama).model.layers[0]
+    with refused(r"model\.layers\.1\.self_attn", "replaced", "new Scope"):
+        scope.capture(ids(1, 7))
+    del model.model.layers[1]
+    with refused(r"model\.layers\.1\.self_attn", "removed"):
+        scope.capture(ids(1, 7))
+    assert Scope(model).topology.layers == (0,)
+
+
 def test_shared_layers_are_refused():
     model = hf.AlbertModel(hf.AlbertConfig(**BASE, embedding_size=16)).eval()
     with refused("albert_layers.0.attention", "ran twice", "share one module"):

@@ -141,6 +141,29 @@ def test_llava(impl, pad, count):
         compare(stats, name, dense(a, causal=False, **PARAMETERS))
 
 
+def test_what_is_given_by_text_position_does_not_reach_the_tower():
+    """`rows`, labels and pairs belong to the text; a picture's patches have positions of their own."""
+    model = make(llava)
+    tokens = ids(1, 24)
+    tokens[:, 2:18] = 96
+    inputs = {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))}
+    scope = Scope(model)
+    plain = scope.capture(inputs, statistics=["column_sum"])
+    given = scope.capture(
+        inputs,
+        statistics=["column_sum", "class_mass", "pairs"],
+        rows=torch.arange(24) >= 20,
+        labels=(tokens[0] == 96).long(),
+        pairs={"last": (torch.tensor([23]), torch.tensor([5]))},
+    )
+    for name in names(scope, "vision"):
+        assert torch.equal(given["column_sum"][name], plain["column_sum"][name])
+        assert name not in given["class_mass"]
+        assert name not in given.pairs("last")
+    assert float((given["column_sum"][0] - plain["column_sum"][0]).abs().max()) > 0.1
+    assert given["class_mass"][1].shape == (1, 4, 24, 2)
+
+
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
 @pytest.mark.parametrize(("pad", "count"), [("none", None), ("left", None), ("none", 5), ("left", 5)])
 def test_qwen_vl_calls_attention_once_per_image_or_window(impl, pad, count, monkeypatch):

@@ -143,6 +143,7 @@ def test_unknown_statistics_parameters_and_layers(scope):
         ({"block": 48}, StatisticError, "power of two"),
         ({"layers": (7,)}, CaptureError, r"layer 7.*0\.\.1"),
         ({"keep": (7,)}, CaptureError, r"layer 7.*0\.\.1"),
+        ({"keep": (1,), "layers": (0,)}, StatisticError, "keep=1.*add it to layers"),
     ):
         with pytest.raises(error, match=words):
             scope.capture(ids(1, 5), **kw)

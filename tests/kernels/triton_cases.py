@@ -52,7 +52,9 @@ class Variant:
     longest: int = 150
 
     def __str__(self) -> str:
-        flags = [name for name in ("window", "softcap", "sinks", "allowed", "bias", "given", "restrict", "open_band") if getattr(self, name)]
+        flags = [
+            name for name in ("window", "softcap", "sinks", "allowed", "bias", "given", "restrict", "open_band") if getattr(self, name)
+        ]
         flags += [x for x in (self.padding, self.segments) if x]
         kind = "causal" if self.causal else "bidirectional"
         dtype = str(self.dtype).removeprefix("torch.")

@@ -81,19 +81,20 @@ def span(slot: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4)
-def _templates(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _templates(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
+    """(first ids, numbers of ids, lengths) of the templates, and mean and standard deviation of the lengths."""
     first = torch.zeros(len(HAYSTACK), WIDTH, dtype=torch.long)
     size = torch.ones(len(HAYSTACK), WIDTH, dtype=torch.long)
     for row, line in enumerate(HAYSTACK):
         for column, slot in enumerate(line.split()):
             first[row, column], size[row, column] = span(slot)
     lengths = torch.tensor([len(line.split()) for line in HAYSTACK])
-    return first.to(device), size.to(device), lengths.to(device)
+    return first.to(device), size.to(device), lengths.to(device), lengths.double().mean().item(), lengths.double().std().item()
 
 
 def _sentences(count: int, number: int, source: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids [count, number, WIDTH], lengths [count, number]) of random haystack sentences."""
-    first, size, lengths = _templates(str(source.device))
+    first, size, lengths, _, _ = _templates(str(source.device))
     kind = torch.randint(0, len(HAYSTACK), (count, number), generator=source, device=source.device)
     draw = torch.rand(count, number, WIDTH, generator=source, device=source.device)
     return first[kind] + (draw * size[kind]).long(), lengths[kind]
@@ -168,8 +169,7 @@ def batch(
         ids = ids.gather(1, which[..., None].expand(-1, -1, WIDTH))
         lengths = lengths.gather(1, which)
     # Where each needle goes: different sentences among those that surely fit (no template is longer than 15 words).
-    _, _, sizes = _templates(str(device))
-    mean, spread = sizes.double().mean().item(), sizes.double().std().item()
+    _, _, _, mean, spread = _templates(str(device))
     sure = int((room - 4 * spread * (room / mean) ** 0.5) / mean)
     place = _distinct(count, needles, max(sure, needles), source)
     rows = torch.arange(count, device=device)[:, None]

@@ -72,6 +72,13 @@ def accuracy(model: Any, kind: str, count: int, **options: Any) -> float:
     return (guess == wanted).all(1).double().mean().item()
 
 
+def constant(kind: str, count: int, *, seed: int = SEED) -> float:
+    """What the best constant answer gets on the same questions: the accuracy of a model that sees nothing."""
+    parts = _drawn(kind, count, seed, False, ())
+    wanted = torch.cat([torch.where(labels >= 0, labels, 0) for _, _, _, labels in parts])[:count]
+    return wanted.unique(dim=0, return_counts=True)[1].max().item() / len(wanted)
+
+
 def hallucination(model: Any, count: int, **options: Any) -> dict[str, float]:
     """How much the model says that is not there, on held-out pictures.
 
@@ -124,9 +131,10 @@ def main() -> None:
     where = given.model
     if not given.card_only:
         model = load(where, given.device)
-        found: dict[str, Any] = {"count": given.count}
+        found: dict[str, Any] = {"pictures": given.count}
         for kind in data.KINDS:
             found[kind] = {picture: round(accuracy(model, kind, given.count, picture=picture), 4) for picture in ("real", "noise", "gray")}
+            found[kind]["constant"] = round(constant(kind, given.count), 4)
             say(f"{kind}: {found[kind]}")
         found["hallucination"] = {name: hallucination(model, given.count, **options) for name, options in SETTINGS.items()}
         say(json.dumps(found["hallucination"], indent=1))
@@ -152,11 +160,12 @@ def card(where: Path) -> None:
     found = json.loads((where / "evaluation.json").read_text(encoding="utf-8"))
     truth = json.loads((where / "truth.json").read_text(encoding="utf-8"))
     rows = "\n".join(
-        f"| {kind} | {found[kind]['real']:.3f} | {found[kind]['noise']:.3f} | {found[kind]['gray']:.3f} |" for kind in data.KINDS
+        f"| {kind} | " + " | ".join(f"{found[kind][column]:.3f}" for column in ("real", "noise", "gray", "constant")) + " |"
+        for kind in data.KINDS
     )
     wrong = "\n".join(
         f"| {name} | {row['false_yes']:.3f} | {row['read']:.3f} | {row['partner']:.3f} | {row['digits_named']:.2f} |"
-        for name, row in found["hallucination"].items()
+        for name, row in ((name, found["hallucination"][name]) for name in SETTINGS)
     )
     body = f"""
 A LLaVA (`LlavaForConditionalGeneration`): a CLIP vision tower of 4 layers, a two-layer projector and a Llama text model of 5 layers, 8 query
@@ -174,10 +183,11 @@ held out; all numbers are on pictures made of held-out digits, from another seed
     question : read the grid ? answer :                         nine words, row by row, none for a cell without a digit
 
 ## Numbers
-Whole answers right, {found["count"]} held-out pictures each; "noise" and "gray" give no picture (chance: what the words alone tell):
+Whole answers right, {found["pictures"]} held-out pictures each. "noise" and "gray": the picture is replaced by uniform noise, or by gray.
+"constant": what always giving the commonest answer gets.
 
-| question | picture | noise | gray |
-| --- | --- | --- | --- |
+| question | picture | noise | gray | constant |
+| --- | --- | --- | --- | --- |
 {rows}
 
 ## Hallucination

@@ -9,10 +9,13 @@ gives a gradient on three words out of thousands. The remaining words are learnt
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from headscope.models.bundled import card
 from headscope.models.bundled import data_needle as data
 from headscope.models.bundled.training import Trainer, arguments, autocast, generator, save, say
 from headscope.models.bundled.words import save_tokenizer
@@ -30,13 +33,12 @@ class Stage:
 
 STAGES = (
     Stage(96, 128, 2, 2),
-    Stage(128, 128, 3, 3),
-    Stage(256, 64, 5, 4),
-    Stage(512, 48, 8, 6),
-    Stage(1024, 32, 16, 8),
-    Stage(2048, 24, 24, 12),
-    Stage(4096, 16, 32, 16),
-    Stage(8192, 8, 40, 24),
+    Stage(192, 80, 4, 3),
+    Stage(384, 48, 7, 5),
+    Stage(768, 32, 12, 8),
+    Stage(1536, 24, 20, 10),
+    Stage(3072, 16, 32, 16),
+    Stage(8192, 6, 40, 24),
 )
 MIXED = (
     (Stage(512, 64, 8, 6), 0.1),
@@ -44,7 +46,7 @@ MIXED = (
     (Stage(8192, 10, 40, 24), 0.45),
     (Stage(16384, 5, 64, 32), 0.25),
 )
-MASTERED = 0.92
+MASTERED = 0.88
 
 
 def build(hidden: int = 256, layers: int = 6):
@@ -85,27 +87,37 @@ def loss_of(model, drawn: data.Batch, device: str, language: float) -> tuple[tor
 def main() -> None:
     """Command line."""
     parser = arguments("train bundled:needle", steps=6000)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--last", type=int, default=1500, help="steps of the last part: all lengths, falling rate")
     parser.add_argument("--climb", type=float, default=float("inf"), help="seconds after which the last part begins at the latest")
+    parser.add_argument("--resume", type=Path, help="begin with the weights of this checkpoint, e.g. one that was trained on a CPU up to 512")
+    parser.add_argument("--scale", type=float, default=1.0, help="haystacks a step, as a share of the usual number; 0.2 suits a CPU")
+    parser.add_argument("--first", type=int, default=0, help="stage to begin with")
+    parser.add_argument("--until", type=int, default=len(STAGES) + 1, help="end when so many stages are mastered, without the last part")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    model = build().to(given.device).train()
+    model = build()
+    if given.resume:
+        model.load_state_dict(card.load(given.resume, "cpu").state_dict())
+    model = model.to(given.device).train()
     source = generator(given.seed + 1, given.device)
     dice = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 1.5e-3, warm=200, cool=1.0)
-    stage, begun, begun_at = 0, -1, 0.0
+    trainer = Trainer(model, given.steps, given.rate, warm=100, cool=1.0)
+    stage, begun, begun_at = given.first, -1, 0.0
     smooth = torch.zeros((), device=given.device)
     shares = torch.tensor([share for _, share in MIXED])
     done = 0.0
-    while done < 1:
+    while done < 1 and stage < given.until:
         step, seconds = trainer.done, trainer.seconds
+        if step % 200 == 199:
+            save(copy.deepcopy(model), given.out, seconds=seconds, steps=step, seed=given.seed, device=given.device, stage=stage)
         if begun < 0 and (stage == len(STAGES) or step >= given.steps - given.last or seconds > given.climb):
             say(f"step {step}: the last part begins with {stage} of {len(STAGES)} lengths mastered, {seconds:.0f} s")
             begun, begun_at = step, seconds
         now = STAGES[stage] if begun < 0 else MIXED[int(torch.multinomial(shares, 1, generator=dice))][0]
         kind = "code" if int(torch.randint(0, 2, (), generator=dice)) else "entry"
         needles = int(torch.randint(now.asked, now.needles + 1, (), generator=dice))
-        drawn = data.batch(now.count, now.length, kind, needles, now.asked, source, repeat=0.3 if begun < 0 else 0.1)
+        drawn = data.batch(max(1, round(now.count * given.scale)), now.length, kind, needles, now.asked, source, repeat=0.3 if begun < 0 else 0.1)
         loss, right = loss_of(model, drawn, given.device, 0.3 if begun < 0 else 0.1)
         done = 0.0 if begun < 0 else max((step + 1 - begun) / given.last, (seconds - begun_at) / (given.limit - begun_at))
         trainer.step(loss, min(done, 1.0))

@@ -89,7 +89,7 @@ def save_processor(out: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = arguments("train bundled:vlm", steps=6000)
+    parser = arguments("train bundled:vlm", steps=1800)
     parser.add_argument("--batch", type=int, default=256, help="pictures a step")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
