@@ -63,7 +63,9 @@ __all__ = [
 ]
 
 
-def dashboard(runs: str | Path = "runs", *, mode: Literal["inline", "tab", "external"] = "inline", height: int = 900, port: int = 0) -> None:
+def dashboard(
+    runs: str | Path = "runs", *, mode: Literal["inline", "tab", "external"] = "inline", height: int = 900, port: int = 0
+) -> None:
     """The dashboard on a run directory, or on a directory of them, in a notebook cell or a browser tab; see `headscope.app.dashboard`.
 
     It does not block. `headscope app` and `headscope.app.serve` serve until they are interrupted.

@@ -64,6 +64,7 @@ class Scope:
     bridge, an nnsight model, or any torch module that calls scaled_dot_product_attention; it is used as it is, and `scope.model` is the
     torch module underneath. `tokenizer`: a tokenizer, or a processor that holds one; needed for texts only. `name`, `source`, `revision`:
     how the model is called in run cards. `example`: inputs of one forward pass, for a torch module whose attributes do not name its heads.
+    Weights may be in any dtype, quantised, spread over devices or offloaded (accelerate): what is read are activations.
     Raises CaptureError for a model whose attention cannot be read, with the reason.
 
     >>> scope = Scope(model, tokenizer)                                             # doctest: +SKIP
@@ -87,9 +88,9 @@ class Scope:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """Where the model's inputs go; for a model whose weights are offloaded (accelerate), where it computes."""
         device: torch.device = self.model.device if self.host.takes_text else next(self.model.parameters(), torch.empty(0)).device
-        return device
+        return device if device.type != "meta" else _execution_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,7 +190,7 @@ class Scope:
             ids, attention_mask = self._padded([self.encode(one)[0] for one in data], left)
         else:
             ids = _as_ids(data).to(self.device)
-        mask = None if attention_mask is None else torch.as_tensor(attention_mask).to(self.device)
+        mask = None if attention_mask is None else _as_mask(attention_mask, ids).to(self.device)
         self._check_ids(ids, mask, beyond_context)
         inputs = {self.model.main_input_name if self.model.main_input_name == "input_ids" else "input_ids": ids}
         if mask is not None:
@@ -343,12 +344,13 @@ class Scope:
         """
         request = self.request(statistics, **params)
         for name, value in (("chunk", chunk), ("generate", generate)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise refusal(DataError, f"{name}={value!r}", "it counts tokens", f"pass {name}=1 or more, or leave it out")
         if not self.host.takes_text:
             return self._capture_other(data, request, verify, {"attention_mask": attention_mask, "chunk": chunk, "generate": generate})
         inputs = self._inputs(data, attention_mask, generate is not None, beyond_context)
         self._check_room(inputs, generate, beyond_context)
+        _check_tables(request, inputs.get("input_ids"), generate or 0)
         with torch.no_grad(), self.observe(request, verify=verify) as stats:
             if generate is not None:
                 self._run_generate(inputs, generate, chunk)
@@ -363,8 +365,8 @@ class Scope:
         for name, value in options.items():
             if value is not None:
                 raise refusal(DataError, f"{name}=", f"{self.name} does not read token ids", "leave it out, or put it into the inputs")
-        if isinstance(data, str) or (isinstance(data, Sequence) and not isinstance(data, tuple | list)):
-            self._inputs(data, None, False, False)
+        if not isinstance(data, Mapping | tuple | list | torch.Tensor):
+            self._inputs(data, None, False, False)  # refuses
         with torch.no_grad(), self.observe(request, verify=verify) as stats:
             self.host.run(_moved(data, self.device))
         return stats
@@ -536,6 +538,17 @@ def _refuse_checkpointing(model: Any) -> None:
         )
 
 
+def _execution_device(model: Any) -> torch.device:
+    """Where accelerate's hooks bring a model's weights when they are needed; "meta" for a model that has none."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return torch.device("meta")
+
+
 def _moved(data: Any, device: torch.device) -> Any:
     """Inputs with their tensors on the model's device."""
     if isinstance(data, torch.Tensor):
@@ -558,6 +571,38 @@ def _as_ids(data: Data) -> Tensor:
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise refusal(DataError, f"a tensor {list(ids.shape)} of {ids.dtype}", "token ids are integers [N] or [B, N]", "pass a LongTensor")
     return ids.long().reshape(1, -1) if ids.dim() == 1 else ids.long()
+
+
+def _as_mask(given: Any, ids: Tensor) -> Tensor:
+    """An attention mask beside ids: [N] or [B, N] of zeros and ones, or the model's own 4-D form. DataError for anything else: what a
+    model makes of a mask of another shape, or of 0.5, is nobody's intention."""
+    try:
+        mask = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise refusal(DataError, f"attention_mask: a {type(given).__name__}", "it is no mask", "pass a tensor [B, N] of 0 and 1") from None
+    if mask.dim() == 1 and ids.shape[0] == 1:
+        mask = mask[None]
+    if mask.dim() not in (2, 4):
+        raise refusal(DataError, f"attention_mask {list(mask.shape)} for ids {list(ids.shape)}", "they must agree", "pass [B, N]")
+    if mask.dim() == 2 and not bool(((mask == 0) | (mask == 1)).all()):
+        raise refusal(DataError, "attention_mask", "it holds other values than 0 (padding) and 1 (token)", "pass 0 and 1, or booleans")
+    return mask
+
+
+def _check_tables(request: StatisticsRequest, ids: Any, more: int) -> None:
+    """Labels, segments and rows that do not fit the text belong to another one. Tokens to be generated may have none."""
+    if not isinstance(ids, torch.Tensor):
+        return
+    batch, length = ids.shape
+    for name in ("labels", "segments", "rows"):
+        table = getattr(request, name)
+        if table is not None and not (length <= table.shape[-1] <= length + more and (table.dim() == 1 or len(table) in (1, batch))):
+            raise refusal(
+                StatisticError,
+                f"{name} {list(table.shape)} for ids {list(ids.shape)}",
+                "they are given per position, and the text has another number of tokens",
+                f"pass [{length}] or [{batch}, {length}]",
+            )
 
 
 __all__ = ["Generation", "HeadscopeError", "Scope"]

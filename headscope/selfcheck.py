@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from headscope.errors import CaptureError, refusal
+from headscope.errors import CaptureError, DataError, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,8 @@ def check_scope(scope: Scope, tokens: int = 64, seed: int = 0) -> dict[str, Any]
     """
     import torch
 
+    if tokens < 1:
+        raise refusal(DataError, f"tokens={tokens}", "it counts tokens and must be at least 1", "pass tokens=64")
     model: Any = scope.model
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)

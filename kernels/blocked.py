@@ -1,8 +1,8 @@
 """Attention statistics on any device in plain PyTorch: exact, in O(N) memory, in one pass over the scores.
 
 A GPU kernel sees a row's keys block by block and therefore needs an online softmax and, because a row's normaliser is known last, a second
-sweep for everything that sums over queries. On a CPU a few rows against all their keys fit in the cache at once, so a tile holds whole rows:
-scores are computed once, and row, column and map statistics are read off the same tile.
+sweep for everything that sums over queries. On a CPU a few rows against all their keys fit in the cache at once, so a tile holds whole
+rows: scores are computed once, and row, column and map statistics are read off the same tile.
 
 What keeps float32 within 1e-5 of a float64 matrix, where the obvious formulas lose digits:
 
@@ -10,8 +10,8 @@ What keeps float32 within 1e-5 of a float64 matrix, where the obvious formulas l
 - no distance is t - E[s] (see blocked_distance) and no mass is one minus another;
 - sums over many keys go through short blocks, which are then added in float64: a long running sum of equal numbers drifts one way.
 
-Differences m - s are cut at 70: a weight of exp(-70) = 4e-31 of the row's largest stands for anything below it. exp of a more negative number is
-denormal or underflows, and either makes a CPU an order of magnitude slower. Hidden keys weigh exactly 0.
+Differences m - s are cut at 70: a weight of exp(-70) = 4e-31 of the row's largest stands for anything below it. exp of a more negative
+number is denormal or underflows, and either makes a CPU an order of magnitude slower. Hidden keys weigh exactly 0.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from headscope.kernels import geometry as tuning
 from headscope.kernels.blocked_columns import ColumnSums, Diagonals, SegmentMass
 from headscope.kernels.blocked_distance import Distances
 from headscope.kernels.blocked_rows import ClassMass, RowSums, SinkMass
 from headscope.kernels.counts import eligible_rows, row_counts
 from headscope.kernels.gather import exact_pairs
-from headscope.kernels.geometry import ENTRIES, Geometry, Span
+from headscope.kernels.geometry import Geometry, Span
 from headscope.kernels.parts import run_parts
 from headscope.kernels.scoring import Scoring
 from headscope.kernels.tile import Tile
@@ -62,8 +63,8 @@ class Accumulator(Protocol):
 def measure_blocked(call: AttentionCall, request: StatisticsRequest) -> PartialStatistics:
     """Everything in `request.names` for one call; see PartialStatistics for shapes. Inputs are not changed.
 
-    Row tiles are dealt out to as many threads as torch may use. One operation split over threads is too short to be worth the wait at its end,
-    and every thread adds up its own tiles, so the result depends on the number of threads to rounding but never on their timing.
+    Row tiles are dealt out to as many threads as torch may use (see parts). Every thread adds up its own tiles and the sums are joined in a
+    fixed order, so the result depends on the number of threads to rounding, and never on their timing.
     """
     geometry = Geometry(call, request)
     with torch.no_grad():
@@ -72,9 +73,11 @@ def measure_blocked(call: AttentionCall, request: StatisticsRequest) -> PartialS
         def run(part: int, parts: int) -> tuple[RowSums, list[Accumulator]]:
             with torch.no_grad():
                 rows, families = RowSums(call, request, geometry), _families(call, request, geometry)
-                for tile in _tiles(call, request, geometry, shared.part(rows), families, part, parts):
+                scoring = shared.part(rows)
+                for tile in _tiles(call, request, geometry, scoring, families, part, parts):
                     for family in families:
                         family.add(tile)
+                scoring.leave()
                 return rows, families
 
         parts = min(torch.get_num_threads(), MOST_THREADS, geometry.tiles) if geometry.device.type == "cpu" else 1
@@ -122,9 +125,9 @@ def _families(call: AttentionCall, request: StatisticsRequest, geometry: Geometr
 def _tiles(
     call: AttentionCall, request: StatisticsRequest, g: Geometry, scoring: Scoring, families: list[Accumulator], part: int, parts: int
 ) -> Iterator[Tile]:
-    """Every parts-th row tile in turn, its weights computed and its row sums taken. A tile is valid until the next one is asked for."""
+    """This part's row tiles, the last first, weights computed and row sums taken. A tile is valid until the next one is asked for."""
     for streams, b, valid in _groups(call, request, g):
-        for number in range(part, g.tiles, parts):
+        for number in _dealt(g.tiles, part, parts):
             span = g.span(number, valid)
             if span.begin >= span.end:
                 continue
@@ -134,10 +137,19 @@ def _tiles(
             margins = [family.margins(start, first_key, n) for family in families]
             left, right = (-(-max([0, *side]) // g.unit) * g.unit for side in zip(*margins, strict=True)) if margins else (0, 0)
             entries = g.group * g.tile_rows * (left + n + right)
-            step = min(max(ENTRIES // entries, 1), len(streams))
+            step = min(max(tuning.ENTRIES // entries, 1), len(streams))
             for first in range(streams.start, streams.stop, step):
                 heads = slice(first * g.group, min(first + step, streams.stop) * g.group)
                 yield scoring.tile(number, heads, b, first_key, n, span, left, right)
+
+
+def _dealt(tiles: int, part: int, parts: int) -> list[int]:
+    """The tile numbers of one part, descending, dealt back and forth (0, 1, 1, 0, 0, 1, ...).
+
+    A causal tile costs in proportion to its number: dealt round, the threads would wait for the one with the last tile. The largest tile
+    comes first so that the memory taken for it serves all the others.
+    """
+    return [n for n in reversed(range(tiles)) if (n % parts if n // parts % 2 == 0 else parts - 1 - n % parts) == part]
 
 
 def _groups(call: AttentionCall, request: StatisticsRequest, g: Geometry) -> list[tuple[range, int | None, Span]]:

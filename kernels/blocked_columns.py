@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headscope.kernels.counts import at_positions
+from headscope.kernels.strips import log_peaks, sum_columns, sum_edge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,26 +52,22 @@ class ColumnSums:
 
     def add(self, tile: Tile) -> None:
         """One product for all of the tile's columns, and what follows from it."""
-        heads, size, _ = tile.e.shape
         first = tile.first_key - self.geometry.first_key
         if self.want_vector:
-            cuts = size // self.block_rows
-            by_block = torch.bmm(tile.w.view(-1, 1, self.block_rows), tile.matrices(self.block_rows)).view(heads, cuts, tile.n)
+            vector, cells = sum_columns(tile.w, tile.e, self.block_rows, self.geometry.unit, self.mass is not None)
             if self.mass is not None:
-                self._place(self.mass, tile, by_block.view(heads, cuts, -1, self.geometry.unit).sum(-1), torch.add)
-            vector = by_block.squeeze(1) if cuts == 1 else by_block.sum(1)
+                self._place(self.mass, tile, cells, torch.add)
             if self.columns is not None:
                 self.columns[tile.heads, first : first + tile.n].add_(vector)
             if self.fai is not None:
                 self.fai.add(tile, vector)
         if self.peak is not None:
-            # largest log weight per key block over the counting rows: (block maximum - row maximum) + ln w
-            logs = tile.maxima.sub_(tile.m).add_(tile.w.log().unsqueeze(-1))
-            rows = min(size, self.request.block)
-            self._place(self.peak, tile, logs.view(heads, -1, rows, logs.shape[-1]).amax(2), torch.maximum)
+            peaks = log_peaks(tile.maxima, tile.m, tile.w, min(tile.e.shape[1], self.request.block))
+            self._place(self.peak, tile, peaks, torch.maximum)
 
     def _place(self, grid: Tensor, tile: Tile, cells: Tensor, how: Callable[..., Tensor]) -> None:
-        """Combine a tile's cells [heads, blocks of rows, key blocks] with the grid's; blocks before the first and after the last drop out."""
+        """Combine a tile's cells [heads, blocks of rows, key blocks] with the grid's; blocks before the first and after the last drop
+        out."""
         row = tile.start // self.request.block - self.first_block[0]
         skip = max(-row, 0)
         cells = cells[:, skip : self.blocks[0] - row]
@@ -125,17 +122,17 @@ class _FutureBand:
         whole_end = min(tile.start - self.low + 1 - tile.first_key, end)
         if whole_begin < whole_end:
             self._at(tile, whole_begin, whole_end).add_(vector[..., whole_begin:whole_end])
-            parts = ((begin, whole_begin), (whole_end, end))
+            parts = [(begin, whole_begin), (whole_end, end)]
         else:
-            parts = ((begin, end),)
+            parts = [(begin, end)]
         for first, last in parts:
             if first < last:
                 self._edge(tile, first, last)
 
     def _edge(self, tile: Tile, first: int, last: int) -> None:
         size = tile.e.shape[1]
-        kept = tile.e[..., first:last] * self._mask(tile.first_key + first - tile.start, last - first, size)
-        self._at(tile, first, last).add_(torch.bmm(tile.w.unsqueeze(1), kept).squeeze(1))
+        mask = self._mask(tile.first_key + first - tile.start, last - first, size)
+        self._at(tile, first, last).add_(sum_edge(tile.w, tile.e[..., first:last], mask))
 
     def _at(self, tile: Tile, first: int, last: int) -> Tensor:
         shift = tile.first_key - self.geometry.first_key

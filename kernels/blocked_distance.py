@@ -5,8 +5,8 @@ into a band of its nearest keys and the rest:
 
 - the band, a diagonal view of the tile, is copied out as a small matrix whose column j is always the same distance, so all four
   statistics are one product with fixed weights (|d|, d^2, min(|d|, W), |d| < w);
-- then it is set to zero, and what is left is not near. Its moments come from one product per block of keys with (1, o, o^2), o the distance to
-  the block's end, joined in float64 by position relative to the tile.
+- then it is set to zero, and what is left is not near. Its moments come from one product per block of keys with (1, o, o^2), o the distance
+  to the block's end, joined in float64 by position relative to the tile.
 
 Blocks are at most twice as long as the band (as long, where keys follow the row), so no term is much larger than what it adds up to.
 """
@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from headscope.kernels.strips import block_moments, take_band
 
 if TYPE_CHECKING:
     from headscope.kernels.blocked_rows import RowSums
@@ -72,7 +74,6 @@ class Distances:
         """(1, o, o^2) of a block, and what turns its sums into sums of 1, s, s^2 for every block relative to a tile."""
         g = self.geometry
         o = torch.arange(self.far_block - 1, -1, -1, device=g.device, dtype=g.dtype)
-        # [3, block]: with rows of powers and of results contiguous, the product runs at the speed of reading e
         self.powers = torch.stack([torch.ones_like(o), o, o * o])
         margin = self.near + self.width + g.tile_rows + 2 * g.unit
         self.lowest = (g.first_key - margin) // self.far_block - g.tile_start(g.tiles - 1) // self.far_block
@@ -96,11 +97,7 @@ class Distances:
         at = (tile.heads, tile.rows)
         last = tile.start + size - 1 + self.first + self.width
         if last > tile.first_key and tile.start + self.first < tile.first_key + tile.n:
-            band = tile.diagonal(self.first, self.width)
-            near = band.to(self.band_dtype, copy=True, memory_format=torch.contiguous_format)
-            self.band_sums[at] = torch.mm(near.view(-1, self.width), self.band_weights).view(-1, size, len(self.names))
-            if self.moments or self.far_mass:
-                band.zero_()
+            self.band_sums[at] = take_band(tile.diagonal(self.first, self.width), self.band_weights, self.moments or self.far_mass)
         if self.moments:
             self._add_moments(tile)
         elif self.far_mass:
@@ -110,9 +107,7 @@ class Distances:
         g = self.geometry
         at = (tile.heads, tile.rows)
         size, blocks = tile.e.shape[1], tile.stride // self.far_block
-        sums = torch.empty(3, tile.store.shape[0] * blocks, dtype=g.dtype, device=g.device)
-        torch.mm(tile.store.view(-1, self.far_block), self.powers.t(), out=sums.t())
-        sums = sums.view(3, -1, blocks).double()
+        sums = block_moments(tile.store, self.powers)
         base = tile.start // self.far_block
         first = (tile.first_key - tile.left) // self.far_block - base - self.lowest
         self.far[at] = torch.bmm(sums, self.table[:, first : first + blocks]).sum(0).view(-1, size, 3)

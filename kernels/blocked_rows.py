@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headscope.kernels.counts import at_positions
+from headscope.kernels.strips import split_normaliser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from headscope.kernels.tile import Tile
     from headscope.statistics.partial import PartialStatistics
     from headscope.statistics.request import StatisticsRequest
+
 
 class RowSums:
     """Maximum m, rest of the normaliser, sum e (s - m) and argmax of every row, [B * Hq, padded rows]; all else follows in float64.
@@ -40,22 +42,15 @@ class RowSums:
         self._blocks = -1
 
     def add(self, tile: Tile, masses: Tensor, bounded: bool) -> Tensor:
-        """Take in a tile; gives its `f`, [heads, R]. `masses` [heads, R, n / unit]: sum e per key block, which is used up; `bounded`: every row is
-        known to see a key."""
+        """Take in a tile; gives its `f`, [heads, R]. `masses` [heads, R, n / unit]: sum e per key block, which is used up; `bounded`: every
+        row is known to see a key."""
         g, at = self.geometry, (tile.heads, tile.rows)
         lines, blocks = tile.store.shape[0], tile.stride // g.unit
         if self._lines.shape[0] != lines or self._blocks != blocks:
             self._lines, self._blocks = torch.arange(lines, device=g.device) * blocks, blocks
-        # the first block whose largest score is the row's, and in it the first weight of 1: the others round down to 0, and the ramp falls
-        # with the key, so that its largest value marks the first hit
-        which = tile.maxima.argmax(-1, keepdim=True)
-        flat = (which.view(-1) + self._lines).add_(tile.left // g.unit)
-        block = tile.store.view(-1, g.unit).index_select(0, flat)
-        offset = (g.unit - block.floor().mul_(self._ramp).amax(-1, keepdim=True)).to(torch.int64).clamp_(0, g.unit - 1)
+        rest, index = split_normaliser(tile.store, tile.maxima, masses, self._ramp, self._lines, tile.left // g.unit, g.unit)
         if self.argmax is not None:
-            self.argmax[at] = (which * g.unit + offset.view_as(which)).add_(tile.first_key).squeeze(-1)
-        masses.scatter_(-1, which, block.scatter_(1, offset, 0.0).sum(-1).view_as(which))
-        rest = masses.sum(-1)
+            self.argmax[at] = index.add_(tile.first_key)
         self.rest[at] = rest
         self.m[at] = tile.m.squeeze(-1)
         if self.sinks is None:

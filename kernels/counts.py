@@ -22,7 +22,9 @@ def eligible_rows(call: AttentionCall, request: StatisticsRequest) -> Tensor | N
     valid = call.mask.query_valid
     if request.rows is None:
         return valid
-    chosen = at_positions(request.rows.to(call.q.device), call.query_offset, call.q.shape[2], 0).bool().expand(call.q.shape[0], call.q.shape[2])
+    chosen = (
+        at_positions(request.rows.to(call.q.device), call.query_offset, call.q.shape[2], 0).bool().expand(call.q.shape[0], call.q.shape[2])
+    )
     return chosen if valid is None else chosen & valid
 
 
@@ -37,7 +39,7 @@ def at_positions(values: Tensor, offset: int, count: int, missing: int) -> Tenso
 
 
 def row_counts(call: AttentionCall, request: StatisticsRequest, counting: Tensor) -> dict[str, Tensor]:
-    """"row_count" and "fai_count" [B, Nk] int64, as far as the request needs them, from counting [B, Nq] bool."""
+    """ "row_count" and "fai_count" [B, Nk] int64, as far as the request needs them, from counting [B, Nq] bool."""
     keys = call.k.shape[2]
     rows = call.q.shape[2]
     before = torch.nn.functional.pad(counting.long().cumsum(-1), (1, 0))  # before[:, i]: counting rows with index < i

@@ -1,8 +1,8 @@
 """The one place that chooses how statistics are computed: Triton on CUDA, blocked PyTorch elsewhere, the dense twin when told to.
 
 The choice is by what a kernel says it supports, never by a try and a fallback: a kernel that fails must be seen to fail. An explicit choice
-(`use_backend`) that cannot be honoured is an error, since a test or a benchmark that silently ran something else proves nothing. The context
-is a context variable, so threads and tasks do not see each other's choice.
+(`use_backend`) that cannot be honoured is an error, since a test or a benchmark that silently ran something else proves nothing. The
+context is a context variable, so threads and tasks do not see each other's choice.
 
 A Triton backend is a module `headscope.kernels.triton_measure` with `measure(call, request)` and `supports(call, request)`, which
 returns "" or the reason why it cannot run them.
@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -53,8 +53,8 @@ def use_backend(name: str) -> Iterator[None]:
 def measure(call: AttentionCall, request: StatisticsRequest) -> PartialStatistics:
     """Measures one attention call: exactly the statistics that `request` names, in O(N) memory (naive: O(N^2)).
 
-    Raises CaptureError for a call whose parts do not fit each other, StatisticError for a request that does not fit the call, UnavailableError
-    when `use_backend` names a backend that cannot run it.
+    Raises CaptureError for a call whose parts do not fit each other, StatisticError for a request that does not fit the call,
+    UnavailableError when `use_backend` names a backend that cannot run it.
     """
     check(call, request)
     name = backend_for(call, request)
@@ -82,7 +82,7 @@ def backend_for(call: AttentionCall, request: StatisticsRequest | None = None) -
 
 
 def _triton_refuses(call: AttentionCall, request: StatisticsRequest) -> str:
-    """"" when the Triton kernels run this call, else why not."""
+    """ "" when the Triton kernels run this call, else why not."""
     missing = _missing_triton()
     return missing or import_module(TRITON).supports(call, request)
 
@@ -97,7 +97,9 @@ def _missing_triton() -> str:
 def check(call: AttentionCall, request: StatisticsRequest) -> None:
     """Raises CaptureError or StatisticError when shapes do not fit each other; what passes here no kernel has to question."""
     if call.q.dim() != 4 or call.k.dim() != 4:
-        raise refusal(CaptureError, f"q {list(call.q.shape)}, k {list(call.k.shape)}", "attention needs [B, H, N, D]", "bring them to that layout")
+        raise refusal(
+            CaptureError, f"q {list(call.q.shape)}, k {list(call.k.shape)}", "attention needs [B, H, N, D]", "bring them to that layout"
+        )
     batch, heads, rows, width = call.q.shape
     kv_heads, keys = call.k.shape[1], call.k.shape[2]
     mask = call.mask
@@ -105,15 +107,21 @@ def check(call: AttentionCall, request: StatisticsRequest) -> None:
         why = "they must share batch and width, and the query heads must divide evenly over the key heads"
         raise refusal(CaptureError, f"q {list(call.q.shape)}, k {list(call.k.shape)}", why, "pass k as the model has it, not repeated")
     if 0 in (batch, heads, rows, keys, width):
-        raise refusal(CaptureError, f"q {list(call.q.shape)}, k {list(call.k.shape)}", "there is nothing to attend to", "leave empty calls out")
+        raise refusal(
+            CaptureError, f"q {list(call.q.shape)}, k {list(call.k.shape)}", "there is nothing to attend to", "leave empty calls out"
+        )
     if not call.q.is_floating_point() or not math.isfinite(call.scale):
-        raise refusal(CaptureError, f"q of {call.q.dtype}, scale {call.scale}", "scores need real numbers", "pass floating point q, k and scale")
+        raise refusal(
+            CaptureError, f"q of {call.q.dtype}, scale {call.scale}", "scores need real numbers", "pass floating point q, k and scale"
+        )
     if call.softcap is not None and not call.softcap > 0:
         raise refusal(CaptureError, f"softcap={call.softcap}", "scores are divided by it", "pass a positive softcap, or None")
     if mask.window is not None and mask.window < 1:
         raise refusal(CaptureError, f"window={mask.window}", "a query would not even see itself", "pass a window of 1 or more, or None")
     if (mask.query_segments is None) != (mask.key_segments is None):
-        raise refusal(CaptureError, "segments of one side only", "they are compared with each other", "pass query_segments and key_segments")
+        raise refusal(
+            CaptureError, "segments of one side only", "they are compared with each other", "pass query_segments and key_segments"
+        )
     for name, value, shape in (
         ("key_valid", mask.key_valid, (batch, keys)),
         ("query_valid", mask.query_valid, (batch, rows)),
@@ -128,7 +136,9 @@ def check(call: AttentionCall, request: StatisticsRequest) -> None:
         if value is not None and value.dtype != torch.bool:
             raise refusal(CaptureError, f"{name} of {value.dtype}", "its meaning would be a guess", "pass a bool tensor, True for visible")
     for name, value in (("allowed", mask.allowed), ("bias", mask.bias)):
-        if value is not None and not (value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[1] in (1, heads) and value.shape[2:] == (rows, keys)):
+        if value is not None and not (
+            value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[1] in (1, heads) and value.shape[2:] == (rows, keys)
+        ):
             need = f"[{batch} or 1, {heads} or 1, {rows}, {keys}]"
             raise refusal(CaptureError, f"mask.{name} {list(value.shape)}", f"this call needs {need}", "pass it in that shape")
     _check_request(request, batch)

@@ -1,8 +1,8 @@
 """Exact entries of A at chosen places, and exact outputs of chosen rows, without the matrix.
 
 Once a row's lse is known, A[t, s] = exp(score[t, s] - lse[t]) costs one dot product. A place that the model could not look at is 0, not the
-weight it would have had, so every fact of the mask is applied at the place itself (`visible_at`). Sums run in float64: a gather is small, and
-its error is then only that of the lse.
+weight it would have had, so every fact of the mask is applied at the place itself (`visible_at`). Sums run in float64: a gather is small,
+and its error is then only that of the lse.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _scores(call: AttentionCall, products: Tensor, b: Tensor, h: Tensor, i: Tens
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.mask.bias is not None:
-        scores = scores + _bias_at(call, b, h, i, j)
+        scores = scores + _bias_at(call, b, h, i, j).to(scores.dtype)
     return scores.masked_fill(~visible_at(call, b, h, i, j), -math.inf)
 
 
@@ -91,7 +91,12 @@ def _indices(what: str, positions: Tensor, offset: int, count: int, like: Tensor
     index = torch.as_tensor(positions, dtype=torch.int64, device=like.device).reshape(-1) - offset
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
         low, high = int(index.min()) + offset, int(index.max()) + offset
-        raise refusal(StatisticError, f"{what} positions {low}..{high}", f"the call holds {offset}..{offset + count - 1}", "pass positions among those")
+        raise refusal(
+            StatisticError,
+            f"{what} positions {low}..{high}",
+            f"the call holds {offset}..{offset + count - 1}",
+            "pass positions among those",
+        )
     return index
 
 
@@ -137,16 +142,19 @@ def attention_rows(call: AttentionCall, rows: Tensor) -> Tensor:
         raise refusal(CaptureError, repr(call), "it has no values, so there is no output to compute", "capture v as well")
     rows = _indices("row", rows, 0, call.q.shape[2], call.q)
     columns = torch.arange(call.k.shape[2], device=call.q.device)
-    outputs = []
-    for head in range(call.q.shape[1]):
-        scores = window_scores(call, head, rows, columns)
-        lse = torch.logsumexp(scores, -1)
-        lse = lse.masked_fill(lse == -math.inf, math.nan)
-        if call.sink_logits is not None:
-            lse = torch.logaddexp(lse, call.sink_logits[head].double())
-        weights = torch.exp(scores - lse[..., None])
-        values = call.v[:, head // call.group].double()
-        if call.mask.key_valid is not None:  # what padding holds must not reach a sum, NaN least of all
-            values = values.masked_fill(~call.mask.key_valid[..., None], 0.0)
-        outputs.append(weights @ values)
-    return torch.stack(outputs, 1).to(torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+    batch, heads, count = call.q.shape[0], call.q.shape[1], len(rows)
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    q = call.q[:, :, rows].to(dtype).reshape(batch, call.k.shape[1], call.group * count, -1)
+    products = (q @ call.k.to(dtype).transpose(-1, -2)).view(batch, heads, count, -1)
+    b = torch.arange(batch, device=q.device)[:, None, None, None]
+    h = torch.arange(heads, device=q.device)[None, :, None, None]
+    scores = _scores(call, products, b, h, rows[None, None, :, None], columns[None, None, None, :])
+    lse = torch.logsumexp(scores, -1)
+    lse = lse.masked_fill(lse == -math.inf, math.nan)
+    if call.sink_logits is not None:
+        lse = torch.logaddexp(lse, call.sink_logits.to(dtype)[:, None])
+    weights = torch.exp(scores - lse[..., None]).view(batch, call.k.shape[1], call.group * count, -1)
+    values = call.v.to(dtype)
+    if call.mask.key_valid is not None:  # what padding holds must not reach a sum, NaN least of all
+        values = values.masked_fill(~call.mask.key_valid[:, None, :, None], 0.0)
+    return (weights @ values).view(batch, heads, count, -1)

@@ -1,8 +1,8 @@
 """Geometry of the blocked kernel: which rows and keys a tile holds, and how large it may be.
 
 A tile is R query rows (of every query head of some key heads) against all keys that any of them can see, so a row is whole within one tile
-and needs no online softmax. Rows start at multiples of R and keys at multiples of `unit`, both counted from absolute position 0, so that the
-cells of a map never straddle two tiles and a chunk of a long prefill falls on the same grid as the whole prefill. A tile is scored in
+and needs no online softmax. Rows start at multiples of R and keys at multiples of `unit`, both counted from absolute position 0, so that
+the cells of a map never straddle two tiles and a chunk of a long prefill falls on the same grid as the whole prefill. A tile is scored in
 strips of a few heads, small enough for a core's second-level cache: passes over memory that spills out of it cost twice as much.
 """
 
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from headscope.call import AttentionCall
     from headscope.statistics.request import StatisticsRequest
 
-ENTRIES = 1 << 19
-"""Entries of A per tile that are aimed at: 2 MiB of weights in float32."""
-STRIP_ENTRIES = 1 << 18
+ENTRIES = 1 << 22
+"""Entries of A per tile that are aimed at: 16 MiB of weights in float32. Larger tiles mean fewer steps, and steps hold the interpreter
+lock; smaller ones gain nothing, since what a tile's weights are read for streams through them."""
+STRIP_ENTRIES = 1 << 17
 """Entries per strip, the heads of a tile that are scored together: the scores then stay in a core's second-level cache."""
 MOST_ENTRIES = 1 << 21
 """Entries per tile of one stream at which the number of rows is halved."""
 ROWS = 128
 UNIT = 128
+
+
 class Span(NamedTuple):
     """Keys that some row of a tile can see: indices [begin, end) into the call's keys."""
 

@@ -1,9 +1,9 @@
 """What the keys of a tile hide from its rows, as a few rectangles instead of one mask over everything.
 
 In a causal prefill only the tile on the diagonal hides anything, so a mask over all keys would be a wasted pass over memory. Each fact of
-`MaskFacts` becomes rectangles (rows, columns, mask) of the tile; facts that hide nothing there give none. Hidden scores are set to -inf before
-the row maximum and their weights to 0 after the exponential; where padding is hidden this is by assignment, so that whatever a padded
-key holds, NaN included, goes nowhere.
+`MaskFacts` becomes rectangles (rows, columns, mask) of the tile; facts that hide nothing there give none. Hidden scores are set to -inf
+before the row maximum and their weights to 0 after the exponential; where padding is hidden this is by assignment, so that whatever a
+padded key holds, NaN included, goes nowhere.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HIDING_BIAS = -1e30
 class Patch(NamedTuple):
     """Rows [top, bottom) and columns [begin, end) of a tile, and what is hidden there, for scores and for weights.
 
-    Either both are one bool mask [1 or heads, rows or 1, columns or 1], True for hidden, to be assigned by; or `hide` is 0 and -inf to add to
-    scores and `keep` 1 and 0 to multiply weights with, which is twice as fast and as good for keys that are real tokens.
+    Either both are one bool mask [1 or heads, rows or 1, columns or 1], True for hidden, to be assigned by; or `hide` is 0 and -inf to add
+    to scores and `keep` 1 and 0 to multiply weights with, which is twice as fast and as good for keys that are real tokens.
     """
 
     top: int

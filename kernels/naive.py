@@ -56,20 +56,27 @@ def naive_scores(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return scores, visible
 
 
+def _log_normaliser(call: AttentionCall, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, ln Z), each [B, Hq, Nq, 1], with Z the normaliser in units of exp(m) and m the row's largest score (0 where there is none)."""
+    m = scores.amax(-1, keepdim=True)
+    m = torch.where(m == float("-inf"), torch.zeros_like(m), m)
+    total = torch.exp(scores - m).sum(-1, keepdim=True)
+    if call.sink_logits is not None:
+        total = total + torch.exp(call.sink_logits.cpu().double()[None, :, None, None] - m)
+    return m, total.log()
+
+
 def naive_lse(call: AttentionCall) -> Tensor:
     """ln(sum exp(score) + exp(sink logit)) of every row, [B, Hq, Nq] float64; -inf (or the sink) on rows that see no key."""
-    scores, _ = naive_scores(call)
-    if call.sink_logits is None:
-        return torch.logsumexp(scores, -1)
-    sink = call.sink_logits.cpu().double()[None, :, None, None].expand(*scores.shape[:3], 1)
-    return torch.logsumexp(torch.cat([scores, sink], -1), -1)
+    m, log_z = _log_normaliser(call, naive_scores(call)[0])
+    return (m + log_z).squeeze(-1)
 
 
 def naive_weights(call: AttentionCall) -> Tensor:
     """A [B, Hq, Nq, Nk] float64, the matrix that weighs the values; rows that see no key are zero."""
     scores, visible = naive_scores(call)
-    weights = torch.exp(scores - naive_lse(call)[..., None])
-    return torch.where(visible, weights, torch.zeros((), dtype=torch.float64))
+    m, log_z = _log_normaliser(call, scores)
+    return torch.where(visible, torch.exp(scores - m - log_z), torch.zeros((), dtype=torch.float64))
 
 
 def naive_measure(call: AttentionCall, request: StatisticsRequest) -> PartialStatistics:
@@ -92,7 +99,8 @@ def naive_measure(call: AttentionCall, request: StatisticsRequest) -> PartialSta
             out.rows[name] = torch.where(keep, value, torch.tensor(float("nan"), dtype=torch.float64))
 
     row("lse", lse)
-    row("entropy", -torch.where(a > 0, a * (scores - lse[..., None]), torch.zeros((), dtype=torch.float64)).sum(-1))
+    m, log_z = _log_normaliser(call, scores)
+    row("entropy", -torch.where(a > 0, a * (scores - m - log_z), torch.zeros((), dtype=torch.float64)).sum(-1))
     row("row_max", a.amax(-1) if keys else torch.zeros(batch, heads, rows, dtype=torch.float64))
     if "argmax" in request.names:
         best = scores.argmax(-1) + call.key_offset

@@ -4,8 +4,8 @@ Torch splits one operation over its threads and waits for all of them at its end
 long as waking a sleeping thread, so splitting the call instead of the operation is what makes a second core count. Torch lets go of the
 interpreter lock while it computes.
 
-torch.set_num_threads acts on the calling thread, and besides is remembered as what threads started later begin with. The workers set their own
-share when they start, all of them before any works, and the remembered number is then put back.
+torch.set_num_threads acts on the calling thread, and besides is remembered as what threads started later begin with. The workers set their
+own share when they start, all of them before any works, and the remembered number is then put back.
 """
 
 from __future__ import annotations

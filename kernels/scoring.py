@@ -6,6 +6,7 @@ product with the weights for the entropy.
 
 from __future__ import annotations
 
+import threading
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 
 FLOOR = {torch.float32: -70.0, torch.float64: -700.0}
 """Smallest score - row maximum that is told apart: its exponential, times a normaliser, is still a normal number."""
+
+_kept = threading.local()
+
+
+def _workspace(like: Tensor) -> tuple[Tensor, Tensor]:
+    """This thread's buffers of the last call if they fit `like` in dtype and device, else empty ones. They are taken: none is shared."""
+    kept: tuple[Tensor, Tensor] = getattr(_kept, "buffers", (like, like))
+    _kept.buffers = (like, like)
+    return kept if kept[0].dtype == like.dtype and kept[0].device == like.device else (like, like)
 
 
 class Scoring:
@@ -51,12 +61,17 @@ class Scoring:
         mask = call.mask
         self.hides = mask.key_valid is not None or mask.query_segments is not None or mask.allowed is not None or mask.bias is not None
         self.nothing = torch.empty(0, dtype=g.dtype, device=g.device)
+
     def part(self, rows: RowSums) -> Scoring:
         """The same queries and keys, with memory of its own, for the tiles whose sums go to `rows`."""
         mine = copy(self)
         mine.rows = rows
-        mine._store = mine._strip = self.nothing
+        mine._store, mine._strip = _workspace(self.nothing)
         return mine
+
+    def leave(self) -> None:
+        """Keep the memory for this thread's next call: fresh pages cost about as much as filling them."""
+        _kept.buffers = (self._store, self._strip)
 
     def tile(self, number: int, heads: slice, b: int | None, first_key: int, n: int, span: Span, left: int, right: int) -> Tile:
         """A tile of the given heads (of B * Hq), row tile, and keys, with its weights, maxima and row sums."""

@@ -1,7 +1,7 @@
 """One tile of the blocked kernel: unnormalised weights of a few heads' query rows against every key they can see.
 
-Rows follow one another in memory with `left` and `right` columns of zeros between them where an accumulator needs them, so that diagonals are
-plain strided views (`diagonal`). The memory is allocated once per call and reused by every tile.
+Rows follow one another in memory with `left` and `right` columns of zeros between them where an accumulator needs them, so that diagonals
+are plain strided views (`diagonal`). The memory is allocated once per call and reused by every tile.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ are exactly zero without a mask; a NaN there would otherwise spread over a whole
 Layout of the tile's names: b_s [BN keys, BM queries].
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -123,102 +124,11 @@ def _walk(b_c, b_f, b_k, q, ref, b_lo, b_hi, b_keys, a_key, b_seg, a_max, n_tile
     return b_c, b_f
 
 
-@triton.jit
-def _weights(b_s, b_ref, scale2, slope, cap2, GUARD: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Exponents and weights of a full tile: log2 A and A, [BN, rows]."""
-    if SOFTCAP:
-        b_y = soft_cap(b_s, slope, cap2) - b_ref[None, :]
-    else:
-        b_y = b_s * scale2 - b_ref[None, :]
-    if GUARD:
-        b_y = tl.where(b_ref[None, :] < float("inf"), b_y, -float("inf"))
-    return b_y, tl.exp2(b_y)
-
-
-@triton.jit
-def _walk_full(b_c, b_f, b_k, q, ref, a_max, n_tiles, s1, n1, s2, i_b, i_h, i_cell_k, mass, top, stride_qb, stride_qh, stride_qn, stride_qd,
-               stride_ref, scale2, slope, cap2, Hq, Nq, q_offset, q_shift, cells_q, cells_k,
-               COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr, GUARD: tl.constexpr,
-               SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               TMA: tl.constexpr, UPCAST: tl.constexpr):
-    """Full tiles in two halves of BM // 2 queries, the product of one half running while the other's exponentials are computed.
-
-    The product of a tile's first half is started an iteration ahead and used by nothing but the next iteration, which lets the
-    compiler leave it running; the second half's product, waited for at once, is also what completes it. A plain loop computes product
-    and exponentials in turns, and two programs on a multiprocessor that fall into step then wait for the same unit.
-    """
-    H: tl.constexpr = BM // 2
-    o_h = tl.arange(0, H)
-    i_bh = (i_b * Hq + i_h).to(tl.int64)
-    i_q = tl.where(n1 > 0, s1, s2)
-    b_q = load_tile(q, i_b, i_h, i_q * BM - q_shift, Nq, stride_qb, stride_qh, stride_qn, stride_qd, D, DP, H, TMA, UPCAST)
-    b_s0 = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-    for i in range(0, n_tiles):
-        if CAUSAL:
-            i_q = s2 + i
-            i_next = i_q + 1
-        else:
-            i_q = tl.where(i < n1, s1 + i, s2 + i - n1)
-            i_next = tl.where(i + 1 < n1, s1 + i + 1, s2 + i + 1 - n1)
-        o_q = i_q * BM - q_shift
-        # in flight while the product runs
-        b_ref0 = tl.load(ref + i_bh * stride_ref + i_q * BM + o_h)
-        b_ref1 = tl.load(ref + i_bh * stride_ref + i_q * BM + H + o_h)
-        b_q1 = load_tile(q, i_b, i_h, o_q + H, Nq, stride_qb, stride_qh, stride_qn, stride_qd, D, DP, H, TMA, UPCAST)
-        b_s1 = tl.dot(b_k, tl.trans(b_q1), input_precision="ieee")
-        b_y0, b_p0 = _weights(b_s0, b_ref0, scale2, slope, cap2, GUARD, SOFTCAP)
-        if COLUMNS or MASS or FAI:
-            b_t = tl.sum(b_p0, 1)
-        if TOP and CELL == BM:
-            b_top = tl.max(b_y0, 1)
-        o_ck = i_cell_k + tl.arange(0, BN // CELL)
-        o_cell = i_bh * cells_q * cells_k + o_ck
-        m_ck = o_ck < cells_k
-        if (MASS or TOP) and CELL < BM:
-            o_cq = i_q * (BM // CELL) + tl.arange(0, H // CELL)
-            m_cell = (o_cq < cells_q)[None, :] & m_ck[:, None]
-            o_part = o_cell[:, None] + o_cq.to(tl.int64)[None, :] * cells_k
-            if MASS:
-                tl.store(mass + o_part, fold_sum(b_p0, BN, H, CELL), mask=m_cell)
-            if TOP:
-                tl.store(top + o_part, fold_max(b_p0, BN, H, CELL), mask=m_cell)
-        b_q = load_tile(q, i_b, i_h, i_next * BM - q_shift, Nq, stride_qb, stride_qh, stride_qn, stride_qd, D, DP, H, TMA, UPCAST)
-        b_s0 = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_y1, b_p1 = _weights(b_s1, b_ref1, scale2, slope, cap2, GUARD, SOFTCAP)
-        if COLUMNS or MASS or FAI:
-            b_t += tl.sum(b_p1, 1)
-        if COLUMNS:
-            b_c += b_t
-        if FAI == 2:
-            if CAUSAL:
-                b_f += b_t
-            else:
-                b_f += tl.where(q_offset + o_q > a_max, b_t, 0.0)
-        if MASS or TOP:
-            if CELL == BM:
-                m_one = m_ck & (i_q < cells_q)
-                o_one = o_cell + i_q.to(tl.int64) * cells_k
-                if MASS:
-                    tl.store(mass + o_one, tl.sum(tl.reshape(b_t, [BN // CELL, CELL]), 1), mask=m_one)
-                if TOP:
-                    b_x = tl.maximum(b_top, tl.max(b_y1, 1))
-                    tl.store(top + o_one, tl.exp2(tl.max(tl.reshape(b_x, [BN // CELL, CELL]), 1)), mask=m_one)
-            else:
-                o_cq = i_q * (BM // CELL) + H // CELL + tl.arange(0, H // CELL)
-                m_cell = (o_cq < cells_q)[None, :] & m_ck[:, None]
-                o_part = o_cell[:, None] + o_cq.to(tl.int64)[None, :] * cells_k
-                if MASS:
-                    tl.store(mass + o_part, fold_sum(b_p1, BN, H, CELL), mask=m_cell)
-                if TOP:
-                    tl.store(top + o_part, fold_max(b_p1, BN, H, CELL), mask=m_cell)
-    return b_c, b_f
-
-
 @triton.jit(
     do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "q_shift", "k_shift", "near", "fai_lo", "fai_hi", "cells_q", "cells_k",
         "diagonal_start", "diagonals", "segments", "stride_ib", "stride_db", "stride_tq", "stride_tk", "Hq", "group"]
 )
-def columns_kernel(q, half, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, allowed, bias,
+def columns_kernel(q, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, allowed, bias,
                    columns, fai, mass, top, diagonal, text_q, text_k, segment_mass,
                    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd, stride_ref, stride_ib, stride_db,
                    stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_tq, stride_tk,
@@ -226,14 +136,14 @@ def columns_kernel(q, half, k, ref, lo, hi, dense, key_valid, q_segments, k_segm
                    diagonal_start, diagonals, segments,
                    COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr,
                    DIAGONAL: tl.constexpr, SEGMENTED: tl.constexpr, GUARD: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr,
-                   CAUSAL: tl.constexpr, HALVES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   CAUSAL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    TMA: tl.constexpr,
                    UPCAST: tl.constexpr):
     """Column statistics of one key tile. `ref` [B * Hq, tiles * BM]: lse in log2 units from row -q_shift on,
     +inf on rows that do not count.
 
     FAI is 0, 1 (closed band fai_lo .. fai_hi) or 2 (from fai_lo to the end); CELL the side of a map cell, at most BM and BN;
-    GUARD: some queries are padding; HALVES: full tiles go through `_walk_full`, with `half` a descriptor of BM // 2 rows of q.
+    GUARD: some queries are padding.
     """
     i_k = tl.program_id(0)
     i_bh = tl.program_id(1)
@@ -273,12 +183,8 @@ def columns_kernel(q, half, k, ref, lo, hi, dense, key_valid, q_segments, k_segm
         stride_bb, stride_bh, stride_bq, stride_bk, stride_tq,
         scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, q_shift, fai_lo, fai_hi, cells_q, cells_k, diagonal_start, diagonals, segments,
         True, COLUMNS, FAI, MASS, TOP, CELL, DIAGONAL, SEGMENTED, GUARD, ELEMENT, SOFTCAP, CAUSAL, D, DP, BM, BN, TMA, UPCAST)
-    if HALVES:
-        b_c, b_f = _walk_full(
-            b_c, b_f, b_k, half, ref, a_max, f1 - f0 + g1 - g0, f0, f1 - f0, g0, i_b, i_h, i_cell_k, mass, top,
-            stride_qb, stride_qh, stride_qn, stride_qd, stride_ref, scale2, slope, cap2, Hq, Nq, q_offset, q_shift, cells_q, cells_k,
-            COLUMNS, FAI, MASS, TOP, CELL, GUARD, SOFTCAP, CAUSAL, D, DP, BM, BN, TMA, UPCAST)
-    elif (ELEMENT & 12) == 0:
+    if (ELEMENT & 12) == 0:
+        # with an explicit mask or a bias no tile is full
         b_c, b_f = _walk(
             b_c, b_f, b_k, q, ref, b_lo, b_hi, b_keys, k_offset + o_k, b_seg, a_max, f1 - f0 + g1 - g0, f0, f1 - f0, g0, 0, 0,
             i_b, i_h, i_cell_k, seg_min, seg_max, key_valid, q_segments, k_segments, allowed, bias, mass, top, diagonal, text_q,

@@ -18,25 +18,18 @@ from headscope.kernels.triton_common import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """How a kernel is launched: query rows by keys per tile, warps and software-pipelining stages, tensor descriptors or pointers.
-
-    `registers` caps a thread's registers, so that one more program fits a multiprocessor; None leaves it to the compiler.
-    `halves`: the column sweep takes full tiles in two halves, one's product running under the other's exponentials.
-    """
+    """How a kernel is launched: query rows by keys per tile, warps and software-pipelining stages, tensor descriptors or pointers."""
 
     rows: int
     keys: int
     warps: int = 4
     stages: int = 2
     descriptors: bool = False
-    registers: int | None = None
-    halves: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        chosen = {"num_warps": self.warps, "num_stages": self.stages}
-        return chosen if self.registers is None or INTERPRETED else {**chosen, "maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class _Row(NamedTuple):
@@ -55,7 +48,7 @@ _TABLE = (
     _Row("out", (9, 0), (3, 4), True, 256, Tile(128, 64, 8, 2, True)),
     _Row("rows", (9, 0), (3, 4), True, 128, Tile(64, 128, 4, 3, True)),
     _Row("rows", (9, 0), (3, 4), True, 256, Tile(128, 64, 8, 2, True)),
-    _Row("columns", (9, 0), (3, 4), True, 128, Tile(128, 128, 4, 2, True, None, True)),
+    _Row("columns", (9, 0), (3, 4), True, 128, Tile(128, 128, 4, 2, True)),
     _Row("columns", (9, 0), (3, 4), True, 256, Tile(64, 128, 8, 2, True)),
     _Row("", (8, 0), (3, 0), True, 128, Tile(64, 64, 4, 2)),
     _Row("", (8, 0), (3, 0), True, 256, Tile(64, 32, 4, 2)),

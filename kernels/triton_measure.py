@@ -14,18 +14,30 @@ fill them with NaN first (`POISON`), and a forgotten element fails them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
+from headscope.errors import CaptureError, refusal
 from headscope.kernels.triton_columns import columns_kernel
 from headscope.kernels.triton_common import INTERPRETED, LOG2E
 from headscope.kernels.triton_finish import argmax_kernel, finish_kernel
 from headscope.kernels.triton_gather import pairs_kernel, window_kernel
+from headscope.kernels.triton_host import (
+    broadcast_strides,
+    by_position,
+    cdiv,
+    describable,
+    diagonal_range,
+    operand,
+    padded,
+    pooled,
+    row_counts,
+    zero,
+)
 from headscope.kernels.triton_launch import Tile, processors, tile_for
 from headscope.kernels.triton_rows import rows_kernel
-from headscope.kernels.triton_visibility import ALLOWED, BIAS, Visibility, batched, visibility
+from headscope.kernels.triton_visibility import Visibility, batched, visibility
 from headscope.statistics.partial import PartialStatistics
 
 if TYPE_CHECKING:
@@ -46,7 +58,7 @@ _CROSSING = ("diagonal_sum", "segment_mass")
 
 
 def supports(call: AttentionCall, request: StatisticsRequest) -> str:
-    """"" when these kernels can measure the call, else the reason why not."""
+    """The empty string when these kernels can measure the call, else the reason why not."""
     width = call.q.shape[3]
     if not (INTERPRETED or call.q.is_cuda):
         return f"the tensors are on {call.q.device}, and Triton compiles for CUDA"
@@ -71,7 +83,7 @@ def measure(call: AttentionCall, request: StatisticsRequest) -> PartialStatistic
 
 def attention(call: AttentionCall, request: StatisticsRequest) -> tuple[Tensor, PartialStatistics]:
     """The row-statistics forward: attention output [B, Hq, Nq, Dv] in v's dtype and the request's statistics; the output comes from
-    the same pass as the row statistics. The request must not need more than `supports` takes, and `call.v` must be there."""
+    the same pass as the row statistics. Raises CaptureError when the call has no v."""
     with torch.no_grad(), _device(call.q):
         run = _Run(call, request)
         statistics = run.statistics(output=True)
@@ -88,11 +100,11 @@ def window(call: AttentionCall, lse: Tensor, head: int, queries: Tensor, keys: T
         if out.numel() == 0:
             return out
         tile = Tile(32, 32) if run.width > 128 or call.q.dtype == torch.float32 else Tile(64, 64)
-        grid = (_cdiv(len(queries), tile.rows), _cdiv(len(keys), tile.keys), call.q.shape[0])
+        grid = (cdiv(len(queries), tile.rows), cdiv(len(keys), tile.keys), call.q.shape[0])
         window_kernel[grid](
             call.q, call.k, lse.to(torch.float32).contiguous(), queries, keys, out, *run.mask_pointers(),
             *call.q.stride(), *call.k.stride(), *run.mask_strides(), *run.scales, head, run.heads, call.group, run.rows, run.keys,
-            len(queries), len(keys), ELEMENT=run.seen.element, SOFTCAP=run.softcap, D=run.width, DP=_padded(run.width),
+            len(queries), len(keys), ELEMENT=run.seen.element, SOFTCAP=run.softcap, D=run.width, DP=padded(run.width),
             BM=tile.rows, BN=tile.keys, UPCAST=run.upcast, num_warps=4, num_stages=1,
         )  # fmt: skip
         return out
@@ -131,7 +143,7 @@ class _Run:
         valid, chosen = self.call.mask.query_valid, None if self.request is None else self.request.rows
         counted = None if valid is None else valid.to(torch.bool)
         if chosen is not None:
-            at = _by_position(chosen.to(torch.int8), self.call.query_offset, self.rows, 0, self.call.q.device) > 0
+            at = by_position(chosen.to(torch.int8), self.call.query_offset, self.rows, 0, self.call.q.device) > 0
             counted = at if counted is None else counted & at
         return counted
 
@@ -147,7 +159,7 @@ class _Run:
 
     def mask_strides(self, columns: bool = False) -> tuple[int, ...]:
         mask = self.call.mask
-        return (batched(self.seen.key_lo if columns else self.seen.lo), *_broadcast(mask.allowed), *_broadcast(mask.bias))
+        return (batched(self.seen.key_lo if columns else self.seen.lo), *broadcast_strides(mask.allowed), *broadcast_strides(mask.bias))
 
     def near(self, names: tuple[str, ...]) -> int:
         """How far from the diagonal a tile must lie to need no mask: beyond every band that is asked for."""
@@ -170,7 +182,7 @@ class _Run:
         cell = min(self.request.block, tile.rows, tile.keys)
         q_shift, k_shift = self.call.query_offset % self.request.block, self.call.key_offset % self.request.block
         self.side = cell
-        return cell, q_shift, k_shift, _cdiv(self.rows + q_shift, cell), _cdiv(self.keys + k_shift, cell)
+        return cell, q_shift, k_shift, cdiv(self.rows + q_shift, cell), cdiv(self.keys + k_shift, cell)
 
     # the parts
 
@@ -199,7 +211,9 @@ class _Run:
         if column_names or crossing:
             self._take_columns(result, self._sweep_columns(column_names + crossing, lse))
         if request.needs("column_sum", "sink_importance", "fai"):
-            self._count(result, lse)
+            # a row that sees no key does not count; where the intervals do not say which those are, its lse does
+            counted = ~lse.isnan().all(1) if self.seen.element else self.seen.hi > self.seen.lo
+            result.counts = row_counts(call, request, counted if self.counted is None else counted & self.counted)
         if request.needs("pairs"):
             for name, (queries, keys) in request.pairs.items():
                 result.pairs[name] = self._pairs(lse, queries, keys)
@@ -218,11 +232,11 @@ class _Run:
         call, request = self.call, self.request
         assert request is not None
         if output and call.v is None:
-            raise ValueError("attention() reads call.v, and this call has none")
+            raise refusal(CaptureError, f"{call!r}", "its values were not kept, and the output is made of them", "pass a call with v")
         tile = tile_for("out" if output else "rows", call.q.device, call.q.dtype, self.width)
         slots = self._slots(names)
-        classes = max(16, _padded(request.classes)) if "class_mass" in names else 0
-        programs = _cdiv(self.rows, tile.rows)
+        classes = max(16, padded(request.classes)) if "class_mass" in names else 0
+        programs = cdiv(self.rows, tile.rows)
         splits = 1 if output else self._splits(programs * self.batch * self.heads, tile)
         raw = _empty(call.q, splits, 2 + len(slots), self.batch, self.heads, self.rows)
         class_raw = _empty(call.q, splits, self.batch, self.heads, self.rows, classes) if classes else None
@@ -230,11 +244,11 @@ class _Run:
             assert call.v is not None
             self.out = _poisoned(torch.empty(self.batch, self.heads, self.rows, call.v.shape[3], dtype=call.v.dtype, device=call.v.device))
         v, out = (call.q, call.q) if self.out is None or call.v is None else (call.v, self.out)
-        tma = tile.descriptors and _describable(call.q) and _describable(call.k) and (not output or _describable(v))
-        labels = _by_position(request.labels, call.key_offset, self.keys, -1, raw.device).to(torch.int32) if classes else self.seen.lo
+        tma = tile.descriptors and describable(call.q, call.k, v)
+        labels = by_position(request.labels, call.key_offset, self.keys, -1, raw.device).to(torch.int32) if classes else self.seen.lo
         sinks, first = self._sinks(), self._first()
         rows_kernel[(programs, self.batch * self.heads, splits)](
-            _operand(call.q, tile.rows, tma), _operand(call.k, tile.keys, tma), _operand(v, tile.keys, tma),
+            operand(call.q, tile.rows, tma), operand(call.k, tile.keys, tma), operand(v, tile.keys, tma),
             raw if lse is None else self._reference(lse, None), raw if sinks is None else sinks,
             self.seen.lo, self.seen.hi, self.seen.dense, first, *self.mask_pointers()[2:], labels,
             raw, raw if class_raw is None else class_raw, out, *call.q.stride(), *call.k.stride(), *v.stride(), *out.stride()[:3],
@@ -244,7 +258,7 @@ class _Run:
             GIVEN=lse is not None, **{_FLAGS[name]: slots.get(name, -1) for name in _SLOTS}, ROWMAX="row_max" in names,
             WIN=slots.get("win", -1),
             CLASSES=classes, OUT=output, ELEMENT=self.seen.element, SOFTCAP=self.softcap, CAUSAL=call.mask.causal,
-            D=self.width, DP=_padded(self.width), DV=v.shape[3], DVP=_padded(v.shape[3]), BM=tile.rows, BN=tile.keys,
+            D=self.width, DP=padded(self.width), DV=v.shape[3], DVP=padded(v.shape[3]), BM=tile.rows, BN=tile.keys,
             SINK_LOGITS=sinks is not None, TMA=tma, UPCAST=self.upcast, **tile.options,
         )  # fmt: skip
         return self._finish(raw, class_raw, slots, splits, lse is not None, tile, tma)
@@ -254,7 +268,7 @@ class _Run:
         """Values from accumulators, and the winning keys from the winning tiles."""
         n_rows, block = self.batch * self.heads * self.rows, 128 if class_raw is None else 32
         sinks = self._sinks()
-        finish_kernel[(_cdiv(n_rows, block),)](
+        finish_kernel[(cdiv(n_rows, block),)](
             raw, raw if class_raw is None else class_raw, self.seen.lo, self.seen.hi, raw if sinks is None else sinks,
             batched(self.seen.lo),
             raw.shape[1], self.heads, self.rows, n_rows, splits,
@@ -269,10 +283,10 @@ class _Run:
             if POISON:
                 argmax.fill_(-7)
             lo, hi, *element = self.mask_pointers()
-            argmax_kernel[(_cdiv(self.rows, tile.rows), self.batch * self.heads)](
-                call.q, _operand(call.k, tile.keys, tma), win, order, argmax, lo, hi, *element,
+            argmax_kernel[(cdiv(self.rows, tile.rows), self.batch * self.heads)](
+                call.q, operand(call.k, tile.keys, tma), win, order, argmax, lo, hi, *element,
                 *call.q.stride(), *call.k.stride(), *self.mask_strides(), *self.scales, self.heads, call.group, self.rows, self.keys,
-                call.key_offset, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=_padded(self.width),
+                call.key_offset, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=padded(self.width),
                 BM=tile.rows, BN=tile.keys, TMA=tma, UPCAST=self.upcast, num_warps=tile.warps, num_stages=1,
             )  # fmt: skip
         return _Row(raw, slots, class_raw, argmax)
@@ -285,25 +299,22 @@ class _Run:
             tile = tile._replace(keys=tile.rows)
         cell, q_shift, k_shift, cells_q, cells_k = self.cell(tile, names)
         made = self._column_buffers(names, cells_q, cells_k)
-        start, length = self._diagonal_range()
+        start, length = diagonal_range(call)
         segments = request.segment_count if "segment_mass" in names else 0
         if "diagonal_sum" in names:
             made["diagonal_sum"] = torch.zeros(self.batch, self.heads, length, device=call.q.device)
         text_q = text_k = self.seen.lo
         if segments:
             made["segment_mass"] = torch.zeros(self.batch, self.heads, segments, segments, device=call.q.device)
-            text_q = _by_position(request.segments, call.query_offset, self.rows, -1, call.q.device).to(torch.int32)
-            text_k = _by_position(request.segments, call.key_offset, self.keys, -1, call.q.device).to(torch.int32)
+            text_q = by_position(request.segments, call.query_offset, self.rows, -1, call.q.device).to(torch.int32)
+            text_k = by_position(request.segments, call.key_offset, self.keys, -1, call.q.device).to(torch.int32)
         dummy = lse
-        tma = tile.descriptors and _describable(call.q) and _describable(call.k)
+        tma = tile.descriptors and describable(call.q, call.k)
         lo, hi = request.fai_band
         key_lo, key_hi, *element = self.mask_pointers(columns=True)
-        # distances and text segments are scattered from whole tiles; with an explicit mask or a bias no tile is full
-        halves = tile.halves and not {*_CROSSING} & {*names} and not self.seen.element & (ALLOWED | BIAS)
         reference = self._reference(lse, self.counted, q_shift, tile.rows)
-        columns_kernel[(_cdiv(self.keys + k_shift, tile.keys), self.batch * self.heads)](
-            _operand(call.q, tile.rows, tma), _operand(call.q, tile.rows // 2, tma) if halves else call.q, _operand(call.k, tile.keys, tma),
-            reference, key_lo, key_hi, self.seen.dense, *element,
+        columns_kernel[(cdiv(self.keys + k_shift, tile.keys), self.batch * self.heads)](
+            operand(call.q, tile.rows, tma), operand(call.k, tile.keys, tma), reference, key_lo, key_hi, self.seen.dense, *element,
             *(made.get(name, dummy) for name in ("column_sum", "fai", "block_mass", "block_max", "diagonal_sum")), text_q, text_k,
             made.get("segment_mass", dummy),
             *call.q.stride(), *call.k.stride(), reference.shape[2], batched(key_lo), batched(self.seen.dense),
@@ -315,7 +326,7 @@ class _Run:
             TOP="block_max" in made,
             CELL=cell, DIAGONAL="diagonal_sum" in made, SEGMENTED=segments > 0, GUARD=call.mask.query_valid is not None,
             ELEMENT=self.seen.element, SOFTCAP=self.softcap,
-            CAUSAL=call.mask.causal, HALVES=halves, D=self.width, DP=_padded(self.width), BM=tile.rows, BN=tile.keys, TMA=tma,
+            CAUSAL=call.mask.causal, D=self.width, DP=padded(self.width), BM=tile.rows, BN=tile.keys, TMA=tma,
             UPCAST=self.upcast, **tile.options,
         )  # fmt: skip
         return made
@@ -328,11 +339,11 @@ class _Run:
         if out.numel() == 0:
             return out
         block = 64 if self.width <= 128 else 32
-        pairs_kernel[(_cdiv(queries.shape[1], block), self.batch * self.heads)](
+        pairs_kernel[(cdiv(queries.shape[1], block), self.batch * self.heads)](
             call.q, call.k, lse.contiguous(), queries, keys, out, *self.mask_pointers(), *call.q.stride(), *call.k.stride(),
             batched(queries),
             *self.mask_strides(), *self.scales, self.heads, call.group, self.rows, self.keys, queries.shape[1], call.query_offset,
-            call.key_offset, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=_padded(self.width), BP=block, num_warps=4,
+            call.key_offset, ELEMENT=self.seen.element, SOFTCAP=self.softcap, D=self.width, DP=padded(self.width), BP=block, num_warps=4,
         )  # fmt: skip
         return out
 
@@ -340,13 +351,13 @@ class _Run:
 
     def _splits(self, programs: int, tile: Tile) -> int:
         """Into how many pieces the keys of a row are cut, so that few rows (decode) still fill the device."""
-        wanted = _cdiv(2 * processors(self.call.q.device), programs)
+        wanted = cdiv(2 * processors(self.call.q.device), programs)
         return max(1, min(wanted, self.keys // (4 * tile.keys) + 1, 128))
 
     def _reference(self, lse: Tensor, counted: Tensor | None, shift: int = 0, multiple: int = 1) -> Tensor:
         """lse in log2 units, +inf on rows that do not count or see nothing, so that their weights are zero. With `shift` such rows in front
         and enough behind for a multiple of `multiple`, so that whole tiles can be read."""
-        total = _cdiv(self.rows + shift, multiple) * multiple
+        total = cdiv(self.rows + shift, multiple) * multiple
         out = torch.full((self.batch, self.heads, total), torch.inf, device=lse.device)
         keep = lse == lse if counted is None else (lse == lse) & counted[:, None]
         out[:, :, shift : shift + self.rows] = torch.where(keep, lse * LOG2E, torch.inf)
@@ -364,10 +375,10 @@ class _Run:
     def _first(self) -> Tensor:
         """[B or 1, 1] int64: absolute position of each sequence's first real token."""
         first = self.call.first_token
-        return _zero(self.call.q.device) if first is None else first.to(self.call.q.device).view(-1, 1)
+        return zero(self.call.q.device) if first is None else first.to(self.call.q.device).view(-1, 1)
 
     def _column_buffers(self, names: tuple[str, ...], cells_q: int, cells_k: int) -> dict[str, Tensor]:
-        made = {}
+        made: dict[str, Tensor] = {}
         for name in ("column_sum", "fai"):
             if name in names or (name == "column_sum" and "sink_importance" in names):
                 made[name] = _empty(self.call.q, self.batch, self.heads, self.keys)
@@ -376,13 +387,6 @@ class _Run:
                 # tiles in which nothing is visible are never visited: their cells stay zero
                 made[name] = torch.zeros(self.batch, self.heads, cells_q, cells_k, device=self.call.q.device)
         return made
-
-    def _diagonal_range(self) -> tuple[int, int]:
-        """First distance t - s of `diagonal_sum` and their number."""
-        call = self.call
-        last = call.query_offset + self.rows - 1 - call.key_offset
-        start = 0 if call.mask.causal else call.query_offset - (call.key_offset + self.keys - 1)
-        return start, max(last - start + 1, 1)
 
     def _take_rows(self, result: PartialStatistics, row: _Row, names: tuple[str, ...]) -> None:
         if "lse" in names:
@@ -398,101 +402,25 @@ class _Run:
             result.rows["class_mass"] = row.classes[0][..., : self.request.classes]
 
     def _take_columns(self, result: PartialStatistics, made: dict[str, Tensor]) -> None:
+        request = self.request
+        assert request is not None
         if "column_sum" in made:
             result.columns["column_sum"] = made["column_sum"]
         if "fai" in made:
             result.columns["fai_sum"] = made["fai"]
         for name in ("block_mass", "block_max"):
             if name in made:
-                result.maps[name] = self._pooled(made[name], name == "block_max")
+                result.maps[name] = pooled(made[name], request.block // self.side, name == "block_max")
         if "segment_mass" in made:
             result.maps["segment_mass"] = made["segment_mass"]
         if "diagonal_sum" in made:
             result.diagonals = made["diagonal_sum"]
-            result.diagonal_start = self._diagonal_range()[0]
-
-    def _pooled(self, cells: Tensor, largest: bool) -> Tensor:
-        """The kernel's cells joined into blocks of the request, where those are larger than a tile."""
-        assert self.request is not None
-        ratio = self.request.block // self.side
-        if ratio == 1:
-            return cells
-        q_blocks, k_blocks = _cdiv(cells.shape[2], ratio), _cdiv(cells.shape[3], ratio)
-        cells = torch.nn.functional.pad(cells, (0, k_blocks * ratio - cells.shape[3], 0, q_blocks * ratio - cells.shape[2]))
-        cells = cells.view(*cells.shape[:2], q_blocks, ratio, k_blocks, ratio)
-        return cells.amax((3, 5)) if largest else cells.sum((3, 5))
-
-    def _count(self, result: PartialStatistics, lse: Tensor) -> None:
-        """How many counting rows stand behind every column, by prefix sums. A row that sees no key (its lse is NaN) does not count."""
-        call, request = self.call, self.request
-        assert request is not None
-        device = call.q.device
-        counted = ~lse.isnan().all(1) if self.seen.element else self.seen.hi > self.seen.lo
-        if self.counted is not None:
-            counted = counted & self.counted
-        before = torch.nn.functional.pad(counted.to(torch.int64).cumsum(1), (1, 0))
-        position = torch.arange(call.key_offset, call.key_offset + self.keys, device=device)
-
-        def up_to(t: Tensor) -> Tensor:
-            """Counting rows at absolute positions below t."""
-            return before[:, (t - call.query_offset).clamp(0, self.rows)]
-
-        total = before[:, -1:]
-        counts = {}
-        if request.needs("column_sum", "sink_importance"):
-            counts["row_count"] = total - up_to(position) if call.mask.causal else total.expand(-1, self.keys)
-        if request.needs("fai"):
-            lo, hi = request.fai_band
-            counts["fai_count"] = (total if hi is None else up_to(position + hi + 1)) - up_to(position + lo)
-        for name, value in counts.items():
-            value = value.expand(self.batch, -1)
-            if call.mask.key_valid is not None:
-                value = torch.where(call.mask.key_valid.to(torch.bool), value, 0)
-            result.counts[name] = value.contiguous()
+            result.diagonal_start = diagonal_range(self.call)[0]
 
 
 _FLAGS = {
     "entropy": "ENTROPY", "distance": "DISTANCE", "distance_sq": "SQUARE", "waad": "WAAD", "sink_mass": "SINK", "local_mass": "LOCAL",
 }  # fmt: skip
-
-
-def _operand(x: Tensor, rows: int, tma: bool) -> object:
-    """A tensor as the kernels take it: itself, or a descriptor that loads `rows` rows of one head at once."""
-    if not tma:
-        return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    strides = list(x.stride())
-    for i in range(3):
-        if x.shape[i] == 1:
-            strides[i] = x.shape[3] * max(1, 16 // x.element_size())
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, _padded(x.shape[3])])
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can hold it: 16-byte aligned base and strides, rows contiguous, no broadcast, two bytes an element."""
-    size = x.element_size()
-    if x.stride(3) != 1 or x.data_ptr() % 16 or size != 2 or x.shape[3] * size % 16:
-        return False
-    return all(n == 1 or (step > 0 and step * size % 16 == 0) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True))
-
-
-def _by_position(x: Tensor | None, start: int, count: int, fill: int, device: torch.device) -> Tensor:
-    """Columns start .. start + count of a tensor [N] or [B, N] by absolute position, `fill` beyond its end."""
-    if x is None:
-        return torch.full((1, count), fill, device=device)
-    x = torch.atleast_2d(x.to(device))[:, start : start + count]
-    return torch.nn.functional.pad(x, (0, count - x.shape[1]), value=fill).contiguous()
-
-
-def _broadcast(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Strides of [B or 1, H or 1, Nq, Nk], zero where one entry serves all."""
-    if x is None:
-        return (0, 0, 0, 0)
-    return (
-        0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1),
-        0 if x.shape[2] == 1 else x.stride(2), 0 if x.shape[3] == 1 else x.stride(3),
-    )  # fmt: skip
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -501,20 +429,6 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 def _poisoned(x: Tensor) -> Tensor:
     return x.fill_(torch.nan) if POISON else x
-
-
-def _padded(n: int) -> int:
-    """The next power of two, at least 16: what a tile's width must be."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-@lru_cache(maxsize=8)
-def _zero(device: torch.device) -> Tensor:
-    return torch.zeros(1, 1, dtype=torch.int64, device=device)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _device(x: Tensor) -> torch.cuda.device:

@@ -18,6 +18,7 @@ Accuracy, where a straightforward sum would lose digits without a sign of it:
 Naming: i_ index, o_ offset, p_ pointer, m_ mask, b_ block in registers.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton

@@ -106,8 +106,8 @@ def _build(mask: MaskFacts, rows: int, keys: int, query_offset: int, key_offset:
         dense = torch.zeros_like(dense)
     lo, hi = torch.broadcast_tensors(lo.clamp(0, keys), hi.clamp(0, keys))
     key_lo, key_hi = torch.broadcast_tensors(key_lo.clamp(0, rows), key_hi.clamp(0, rows))
-    intervals = (x.to(torch.int32).contiguous() for x in (lo, hi, key_lo, key_hi, dense))
-    return Visibility(*intervals, element, key_valid, q_segments, k_segments)
+    lo, hi, key_lo, key_hi, dense = (x.to(torch.int32).contiguous() for x in (lo, hi, key_lo, key_hi, dense))
+    return Visibility(lo, hi, key_lo, key_hi, dense, element, key_valid, q_segments, k_segments)
 
 
 def _within(lo: Tensor, hi: Tensor, other: Tensor, own: Tensor, in_order: Tensor) -> tuple[Tensor, Tensor]:

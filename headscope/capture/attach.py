@@ -92,11 +92,11 @@ class Attachment:
             if self._fastened is None:
                 self._fasten()
             self._actors.append(actor)
-        seam.count_session(1)
+        seam.count_session(actor.thread, 1)
         try:
             yield actor
         finally:
-            seam.count_session(-1)
+            seam.count_session(actor.thread, -1)
             with self._lock:
                 self._actors.remove(actor)
                 if not self.active_here:

@@ -87,6 +87,9 @@ def build_call(host: HostCall, module: nn.Module, run: ModuleRun, state: Forward
     segments = _packed(host.kwargs, batch, rows, q.device) if k.shape[2] == rows and not run.cross else None
     keys = k.shape[2]
     padding = state.encoder_padding(batch, keys) if run.cross else state.padding(batch, key_offset + keys)
+    known = state.known_valid.get(run.cache) if run.cache is not None and not run.cross else None
+    if padding is not None:  # layers may lie on other devices than the inputs
+        padding = padding.to(q.device)
     place = Place(
         batch,
         rows,
@@ -97,9 +100,10 @@ def build_call(host: HostCall, module: nn.Module, run: ModuleRun, state: Forward
         run.cross,
         _windows(host.kwargs, record.window, causal),
         padding if not run.calls else None,
-        state.known_valid.get(run.cache) if run.cache is not None and not run.cross else None,
+        None if known is None else known.to(q.device),
         segments,
         q.device,
+        state.unpadded.get(run.cache, 0) if run.cache is not None and not run.cross else 0,
     )
     mask = _mask(host, place, family, state, record.name, name, function)
     bias = _position_bias(host.kwargs.get("position_bias"), keys, state)
@@ -269,7 +273,7 @@ def _rows_and_start(facts: MaskFacts, place: Place, run: ModuleRun, state: Forwa
     if run.cross:
         valid = state.main_valid
         if valid is not None and valid.shape == (place.batch, place.rows):
-            facts = replace(facts, query_valid=valid)
+            facts = replace(facts, query_valid=valid.to(place.device))
         return facts, _first(facts.key_valid)
     if run.cache is not None:
         _remember(facts, place, run, state)
@@ -277,7 +281,7 @@ def _rows_and_start(facts: MaskFacts, place: Place, run: ModuleRun, state: Forwa
         state.main_offset, state.main_valid = place.query_offset, facts.query_valid
     known = state.known_valid.get(run.cache) if run.cache is not None else None
     if known is not None:
-        return facts, _first(known)
+        return facts, _first(known.to(place.device))
     return facts, _first(facts.query_valid)
 
 
@@ -286,6 +290,8 @@ def _remember(facts: MaskFacts, place: Place, run: ModuleRun, state: ForwardStat
     old = state.known_valid.get(run.cache)
     end = place.query_offset + place.rows
     if old is None and facts.query_valid is None and facts.key_valid is None:
+        if place.query_offset <= state.unpadded.get(run.cache, 0):
+            state.unpadded[run.cache] = end
         return
     if old is not None and old.shape == (place.batch, end):
         return  # an earlier layer of the same step

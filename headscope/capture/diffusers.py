@@ -79,7 +79,7 @@ def _describe(name: str, module: Any, layer: int | None, cross: bool) -> Attenti
     out = getattr(module, "to_out", None)
     output = f"{name}.to_out.0" if isinstance(out, nn.ModuleList) else f"{name}.to_out" if isinstance(out, nn.Linear) else None
     processor = type(getattr(module, "processor", None))
-    words = {word for code in codes_of(processor) for word in code.co_names}
+    words = {word for code, _ in codes_of(processor) for word in code.co_names}
     known = words & {"scaled_dot_product_attention", "dispatch_attention_fn"}
     reason = "" if known else f"its {processor.__name__} computes attention by itself"
     kv_heads = max(inner // width, 1) if width and heads % max(inner // width, 1) == 0 else heads

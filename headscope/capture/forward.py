@@ -61,6 +61,8 @@ class ForwardState:
     main_offset: int = 0
     main_valid: Tensor | None = None
     known_valid: WeakKeyDictionary[Any, Tensor] = field(default_factory=WeakKeyDictionary)
+    unpadded: WeakKeyDictionary[Any, int] = field(default_factory=WeakKeyDictionary)
+    """Of a cached sequence without padding: how many of its positions have been seen from its start on."""
 
     # ---- models -------------------------------------------------------------------------------------------------
 

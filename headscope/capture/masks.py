@@ -34,6 +34,7 @@ class Place:
     `batch`, `rows`, `keys`: B, Nq, Nk (after unused keys of a static cache were cut off). `query_offset`, `key_offset`: absolute.
     `causal`: what the host says about itself. `windows`: widths worth trying, each for the causal reading (t - s < w).
     `padding` [B, end] bool by absolute position, or None where the model was given none; `known` the same from earlier calls.
+    `unpadded`: positions before it are known to be real, where no such mask is.
     `segments` [B, Nq] packed sequence numbers, for calls whose queries and keys are the same tokens.
     """
 
@@ -49,6 +50,7 @@ class Place:
     known: Tensor | None = None
     segments: Tensor | None = None
     device: torch.device | str = "cpu"
+    unpadded: int = 0
 
     @property
     def end(self) -> int:
@@ -196,6 +198,8 @@ def _validity(seen: Tensor | None, place: Place, window: int | None) -> tuple[Te
     if place.known is not None and place.known.shape[0] == place.batch:
         length = min(place.known.shape[1], place.query_offset)
         valid[:, :length] = place.known[:, :length]
+    elif place.unpadded:  # a key that this step's rows do not see (chunked attention) was seen as a real one before
+        valid[:, : min(place.unpadded, place.query_offset)] = True
     if bool(valid.all()):
         return None, None
     count = valid.int()

@@ -82,13 +82,16 @@ def trace_statistics(
     inputs = scope._inputs(data, attention_mask, False, beyond_context)
     mask = inputs.get("attention_mask")
     valid = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
+    ids = inputs.get("input_ids")
+    if valid is not None and isinstance(ids, torch.Tensor) and "position_ids" in scope._forward_parameters:
+        # nnsight would number a left-padded row from its first real token; scope.capture leaves positions to the model
+        inputs = {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), **inputs}
     records = _wanted(scope, request)
     settings = _settings(request, valid, cells)
     with _sent_by_value(), torch.no_grad():
         found = _run(scope.host.given, [record.name for record in records], inputs, settings, remote)
     layers = {record.name: _layer(record, found[record.name], request, valid) for record in records}
-    tokens = inputs.get("input_ids")
-    tokens = tokens.detach().cpu() if isinstance(tokens, torch.Tensor) else None
+    tokens = ids.detach().cpu() if isinstance(ids, torch.Tensor) else None
     return HeadStatistics.from_layers(request, scope.topology, layers, tokens=tokens, backend="portable")
 
 

@@ -102,7 +102,8 @@ class SdpaAttachment(Attachment):
         from transformers import PreTrainedModel
 
         if not isinstance(self._model, PreTrainedModel):
-            stack.callback(self._model.register_forward_pre_hook(self._model_starts, with_kwargs=True).remove)
+            # first of all: a model may be an attention module itself
+            stack.callback(self._model.register_forward_pre_hook(self._model_starts, prepend=True, with_kwargs=True).remove)
             stack.callback(self._model.register_forward_hook(self._model_ends, always_call=True).remove)
 
     def calling_module(self) -> nn.Module | None:
@@ -195,20 +196,24 @@ def discover_sdpa(model: nn.Module, example: Any = None) -> Topology:
 
 
 def names_sdpa(kind: type) -> bool:
-    """True when a class's own methods name the function."""
-    return any("scaled_dot_product_attention" in code.co_names for code in codes_of(kind))
+    """True when a class's own methods name the function, by its name or by another that it was imported under."""
+    return any(
+        word == "scaled_dot_product_attention" or names.get(word) is FUNCTION for code, names in codes_of(kind) for word in code.co_names
+    )
 
 
-def codes_of(kind: type) -> Iterator[CodeType]:
-    """The code of every method of a module's class, and of the functions inside them."""
+def codes_of(kind: type) -> Iterator[tuple[CodeType, Mapping[str, Any]]]:
+    """The code of every method of a module's class, and of the functions inside them, each with the global names it sees."""
     for base in kind.__mro__:
         if base in (nn.Module, nn.Sequential, object) or base.__module__.startswith("torch."):
             continue
         for attribute in vars(base).values():
             function = getattr(attribute, "__func__", attribute)
-            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            function = inspect.unwrap(function) if callable(function) else None
+            code = getattr(function, "__code__", None)
             if isinstance(code, CodeType):
-                yield from nested_code(code)
+                for part in nested_code(code):
+                    yield part, getattr(function, "__globals__", {})
 
 
 def _from_attributes(model: nn.Module, name: str, module: nn.Module, layer: int | None) -> AttentionModule:

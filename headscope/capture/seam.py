@@ -28,7 +28,8 @@ _lock = threading.RLock()
 _users = 0
 _original: HostFunction | None = None
 _attached: WeakKeyDictionary[nn.Module, tuple[Attachment, ...]] = WeakKeyDictionary()
-_here = threading.local()  # .sessions: open in this thread; .busy: a call is being served
+_sessions: dict[int, int] = {}  # open per thread, by its ident: a block may be closed from another thread than opened it
+_here = threading.local()  # .busy: a call is being served
 
 
 class _Wrapped:
@@ -93,9 +94,12 @@ def is_serving() -> bool:
     return bool(getattr(_here, "busy", False))
 
 
-def count_session(step: int) -> None:
-    """Say that a session opened (1) or closed (-1) in this thread; the look-up of a thread without sessions returns plain functions."""
-    _here.sessions = getattr(_here, "sessions", 0) + step
+def count_session(thread: int, step: int) -> None:
+    """Say that a session of a thread opened (1) or closed (-1); the look-up of a thread without sessions returns plain functions."""
+    with _lock:
+        left = _sessions.pop(thread, 0) + step
+        if left:
+            _sessions[thread] = left
 
 
 def _wrap() -> None:
@@ -108,13 +112,13 @@ def _wrap() -> None:
 
     def get_interface(self: Any, attn_implementation: str, default: HostFunction) -> HostFunction:
         found = look_up(self, attn_implementation, default)
-        if isinstance(found, _Wrapped) or not getattr(_here, "sessions", 0):
+        if isinstance(found, _Wrapped) or threading.get_ident() not in _sessions:
             return found
         return _Wrapped(found, attn_implementation or "eager")
 
     def getitem(self: Any, key: str) -> HostFunction:  # a few models index the table instead of asking it
         found = subscript(self, key)
-        return _Wrapped(found, key) if getattr(_here, "sessions", 0) else found
+        return _Wrapped(found, key) if threading.get_ident() in _sessions else found
 
     interface.get_interface = get_interface
     interface.__getitem__ = getitem

@@ -118,8 +118,9 @@ class BridgeAttachment(Attachment):
             return
         seen: dict[str, Tensor] = {}
         stack = ExitStack()
-        for part, point in _points(module):
-            stack.callback(point.register_forward_hook(partial(_note, seen, part)).remove)
+        heads = self._records[module].heads
+        for point, rows_first in _points(module):
+            stack.callback(point.register_forward_hook(partial(_note, seen, heads, rows_first)).remove)
         # two steps that have no hook point of their own: keys joined with the cache's, and (GPT-NeoX's kind of bridge) the rotation
         for method, parts in (("_update_kv_cache", ("k", "v")), ("_apply_rotary_pos_emb", ("q",))):
             if hasattr(type(module), method):
@@ -153,7 +154,7 @@ class BridgeAttachment(Attachment):
         if not self.active_here or seam.is_serving() or not {"q", "k", "v"} <= seen.keys():
             return None
         record = self._records[module]
-        q, k, v = _heads_first(seen["q"], record.heads), seen["k"], seen["v"]
+        q, k, v = seen["q"], seen["k"], seen["v"]
         mask = getattr(self._local, "mask", None)
         if mask is not None and mask.dim() >= 3 and mask.shape[-2] not in (1, q.shape[2]):
             mask = mask[..., -q.shape[2] :, :]
@@ -189,11 +190,11 @@ def _computes(module: Any) -> bool:
     return hasattr(type(module), "_update_kv_cache")
 
 
-def _points(module: Any) -> list[tuple[str, Any]]:
-    """Hook points that q passes, in the order in which they may fire; the last that fires has what the scores see."""
-    points = [module.q.hook_out]
-    points += [vars(module)["_modules"][name] for name in ("hook_q_normed", "hook_rot_q") if name in vars(module)["_modules"]]
-    return [("q", point) for point in points]
+def _points(module: Any) -> list[tuple[Any, bool]]:
+    """Hook points that q passes; the last one to fire has what the scores see. With each: whether its rows come before its heads, which
+    the shape does not tell where there are as many rows as heads."""
+    own = vars(module)["_modules"]
+    return [(module.q.hook_out, True), *((own[name], False) for name in ("hook_q_normed", "hook_rot_q") if name in own)]
 
 
 def _noting(method: Callable[..., Any], parts: tuple[str, ...], seen: dict[str, Tensor]) -> Callable[..., Any]:
@@ -207,15 +208,12 @@ def _noting(method: Callable[..., Any], parts: tuple[str, ...], seen: dict[str, 
     return noted
 
 
-def _note(seen: dict[str, Tensor], part: str, point: Any, args: Any, output: Tensor) -> None:
-    seen[part] = output
-
-
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, H, N, D] from [B, N, H * D], [B, N, H, D] or itself."""
-    if x.dim() == 3:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return x if x.shape[1] == heads and x.shape[2] != heads else x.transpose(1, 2)
+def _note(seen: dict[str, Tensor], heads: int, rows_first: bool, point: Any, args: Any, output: Tensor) -> None:
+    """Keep q as [B, H, N, D], from [B, N, H * D], [B, N, H, D] or itself."""
+    if output.dim() == 3:
+        seen["q"] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
+    else:
+        seen["q"] = output.transpose(1, 2) if rows_first else output
 
 
 def _constants(module: Any, width: int) -> dict[str, Any]:

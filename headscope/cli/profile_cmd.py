@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.console import emit_json, say
-from headscope.cli.show_cmd import print_profile, summary
+from headscope.cli.show_cmd import check_top, print_profile, summary
 from headscope.errors import RunError, refusal
 
 
@@ -31,6 +31,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Profile every head of a model and write a run directory."""
+    check_top(top)
     if out.exists() and not overwrite:
         raise refusal(
             RunError,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headscope.cli.console import emit_json, out, table
+from headscope.errors import ProbeError, refusal
 
 if TYPE_CHECKING:
     from headscope.profile import HeadProfile
@@ -22,6 +23,7 @@ def show(
     """Print what a run found: its card, and the top heads of each role or of one metric."""
     import headscope as hs
 
+    check_top(top)
     profile = hs.HeadProfile.load(run)
     if metric is not None:
         ranked = profile.rank(metric, top)
@@ -36,6 +38,12 @@ def show(
         emit_json({"run": str(run), **summary(profile, top)})
     else:
         print_profile(profile, top)
+
+
+def check_top(top: int) -> None:
+    """Refuses a count of heads below 1 before any work is done for it."""
+    if top < 1:
+        raise refusal(ProbeError, f"--top {top}", "it counts heads and must be at least 1", "pass --top 10")
 
 
 def summary(profile: HeadProfile, top: int) -> dict[str, Any]:

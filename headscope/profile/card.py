@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from headscope.scope import Scope
 
 
+KINDS: dict[str, type] = {
+    "model": dict, "data": list, "probes": list, "metrics": dict, "numbers": dict, "attention_kernels": list, "parameters": dict,
+    "seeds": dict, "versions": dict, "machine": dict, "seconds": dict,
+}  # fmt: skip
+MODEL_FACTS = {"name", "class", "layers", "heads", "kv_heads", "head_dim", "parameters", "dtype", "device"}
+DATA_FACTS = {"name", "kind", "sha256", "sequences", "tokens"}
+
+
 @dataclass(slots=True)
 class RunCard:
     """What a profile was made of and with. Plain data throughout; written to card.json.
@@ -57,9 +65,16 @@ class RunCard:
         """From plain data; TypeError where a field is missing or of another kind."""
         names = {item.name for item in fields(cls)}
         card = cls(**{name: value[name] for name in value if name in names})
-        for name, kind in (("model", dict), ("data", list), ("probes", list), ("metrics", dict), ("numbers", dict), ("parameters", dict)):
+        for name, kind in KINDS.items():
             if not isinstance(getattr(card, name), kind):
                 raise TypeError(f"{name} is not a {kind.__name__}")
+        if not all(isinstance(name, str) for name in (card.created, card.statistics_kernel, *card.attention_kernels)):
+            raise TypeError("created or a kernel is not a name")
+        for what, rows, needed in (("model", [card.model], MODEL_FACTS), ("data", card.data, DATA_FACTS)):
+            for row in rows:
+                missing = needed - set(row)
+                if missing:
+                    raise TypeError(f"{what} lacks {', '.join(sorted(missing))}")
         return card
 
     @property

@@ -30,6 +30,8 @@ def build_texts(
     scope: Scope, kind: TextKind, *, context: int, data: TextData, texts: int, seed: int, repeats: int, beyond_context: bool
 ) -> list[ProbeText]:
     """`texts` texts of one kind; text i is drawn with seed + i. DataError or ProbeError when they cannot be made."""
+    if seed < 0:
+        raise refusal(DataError, f"seed={seed}", "numpy's generators take none below 0", "pass seed=0 or more")
     if kind == "natural":
         check_data(data)
     check_context(scope, context, beyond_context)

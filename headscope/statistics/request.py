@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from headscope.errors import StatisticError, refusal
 from headscope.statistics.definitions import DEFINITIONS, PASSIVE, definition
@@ -54,15 +56,17 @@ class StatisticsRequest:
         _positive("sink_tokens", self.sink_tokens)
         _positive("local_window", self.local_window)
         _positive("waad_window", self.waad_window)
-        if self.block < 16 or self.block & (self.block - 1):
+        if not _whole(self.block) or self.block < 16 or self.block & (self.block - 1):
             raise refusal(
-                StatisticError, f"block={self.block}", "a map's block is a power of two, 16 or more", "use 16, 32, 64, 128 or 256"
+                StatisticError, f"block={self.block!r}", "a map's block is a power of two, 16 or more", "use 16, 32, 64, 128 or 256"
             )
-        lo, hi = self.fai_band
-        if lo < 0 or (hi is not None and hi < lo):
+        band = self.fai_band if isinstance(self.fai_band, tuple | list) and len(self.fai_band) == 2 else (-1, None)
+        lo, hi = band
+        if not _whole(lo) or lo < 0 or (hi is not None and (not _whole(hi) or hi < lo)):
             raise refusal(
-                StatisticError, f"fai_band={self.fai_band}", "the band is 0 <= lo <= hi", "use (10, 50), or (0, None) for to-the-end"
+                StatisticError, f"fai_band={self.fai_band!r}", "the band is 0 <= lo <= hi", "use (10, 50), or (0, None) for to-the-end"
             )
+        self._check_tables()
         for name, need in (("class_mass", "labels"), ("segment_mass", "segments"), ("pairs", "pairs")):
             value = getattr(self, need)
             if name in self.names and (value is None or (isinstance(value, dict) and not value)):
@@ -71,6 +75,32 @@ class StatisticsRequest:
             raise refusal(
                 StatisticError, f"keep={self.keep!r}", "it is neither 'all' nor a list of layers", "pass keep='all' or keep=(0, 5)"
             )
+        if self.layers is not None and not tuple(self.layers):
+            raise refusal(StatisticError, "layers=()", "there is nothing to measure", "name at least one, or pass layers=None")
+
+    def _check_tables(self) -> None:
+        """Tables by position become tensors of the kind they must be; a list of row numbers is no mask of rows, and 0.7 is no label."""
+        for name in ("labels", "segments", "rows"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            table = _table(name, given)
+            if table.dim() not in (1, 2) or not table.numel():
+                raise refusal(StatisticError, f"{name} of shape {list(table.shape)}", "it is given per position", "pass [N] or [B, N]")
+            if name == "rows" and table.dtype != torch.bool:
+                raise refusal(
+                    StatisticError, f"rows of {table.dtype}", "it says of every position whether its row counts", "pass a bool tensor"
+                )
+            if name != "rows" and (table.is_floating_point() or table.dtype == torch.bool):
+                raise refusal(StatisticError, f"{name} of {table.dtype}", "they are numbers 0, 1, ..., negative for none", "pass integers")
+            object.__setattr__(self, name, table)
+        if not isinstance(self.pairs, dict) or any(not isinstance(at, tuple | list) or len(at) != 2 for at in self.pairs.values()):
+            raise refusal(StatisticError, "pairs", "they are named", "pass pairs={name: (queries, keys)}")
+        places = {name: tuple(_table(f"pairs {name!r}", part) for part in at) for name, at in self.pairs.items()}
+        for name, at in places.items():
+            if any(part.is_floating_point() or part.dtype == torch.bool for part in at):
+                raise refusal(StatisticError, f"pairs {name!r} of {at[0].dtype}", "they are positions", "pass two integer tensors")
+        object.__setattr__(self, "pairs", places)
 
     @property
     def sweeps(self) -> frozenset[int]:
@@ -98,6 +128,8 @@ def expand_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names as a tuple; None and "passive" give the passive set. Raises StatisticError for a name that does not exist."""
     if names is None:
         return PASSIVE
+    if not isinstance(names, Iterable):
+        raise refusal(StatisticError, f"statistics={names!r}", "it names no statistic", "pass names, e.g. ['entropy']")
     listed: Sequence[str] = [names] if isinstance(names, str) else list(names)
     if not listed:
         raise refusal(StatisticError, "an empty list of statistics", "there is nothing to measure", "name at least one, or pass 'passive'")
@@ -107,6 +139,18 @@ def expand_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(out))
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise refusal(StatisticError, f"{name}={value}", "it counts tokens and must be at least 1", f"pass {name}=1 or more")
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _table(name: str, given: Any) -> Tensor:
+    try:
+        table = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise refusal(StatisticError, f"{name}: a {type(given).__name__}", "it makes no tensor", "pass a tensor [N] or [B, N]") from None
+    return table.long() if not table.numel() and table.is_floating_point() else table  # an empty list has no dtype of its own
+
+
+def _positive(name: str, value: Any) -> None:
+    if not _whole(value) or value < 1:
+        raise refusal(StatisticError, f"{name}={value!r}", "it counts tokens and must be at least 1", f"pass {name}=1 or more")

@@ -8,17 +8,22 @@ clears away, once the process that owned it is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from headscope.errors import RunError, refusal
+from headscope.store.schema import CARD, HEADS, MAPS, STATISTICS, TOKENS
 
 PARTIAL = ".partial"
+CONTENT = {CARD, HEADS, STATISTICS, TOKENS, MAPS}
+"""What a run directory holds; anything else in one is somebody's, and is not deleted with it."""
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
 
 
@@ -30,14 +35,15 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     else), and when it cannot be written.
     """
     target = Path(os.path.abspath(target))
-    _refuse_existing(target, overwrite)
     try:
+        _refuse_existing(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_orphans(target)
         partial = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
         partial.mkdir()
-    except OSError as error:
-        raise refusal(RunError, str(target), f"its folder cannot be written ({error.strerror})", "choose another path") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        why = getattr(error, "strerror", None) or str(error)
+        raise refusal(RunError, str(target), f"its folder cannot be written ({why})", "choose another path") from error
     try:
         yield partial
         _flush(partial)
@@ -60,22 +66,40 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise refusal(RunError, str(target), "it exists already", "choose another path, or pass overwrite=True")
     if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not (target / "card.json").is_file()):
         raise refusal(RunError, str(target), "it is not a run directory and will not be replaced", "choose another path")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in CONTENT and not entry.name.startswith("."))
+    if foreign:
+        raise refusal(
+            RunError, str(target), f"it also holds {', '.join(foreign[:3])}, which would be lost", "move that away, or choose another path"
+        )
 
 
 def _move_into_place(partial: Path, target: Path, overwrite: bool) -> None:
-    _refuse_existing(target, overwrite)
+    for attempt in range(20):  # another process may be putting its own run here: the last one stays
+        try:
+            _refuse_existing(target, overwrite)
+            _swap(partial, target)
+            break
+        except OSError as error:
+            if attempt == 19 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not partial.is_dir():
+                raise
+            time.sleep(0.01)
+    _flush_folder(target.parent)
+
+
+def _swap(partial: Path, target: Path) -> None:
     if not target.exists():
         os.rename(partial, target)
-    else:
-        aside = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
-        os.rename(target, aside)
-        try:
-            os.rename(partial, target)
-        except OSError:
+        return
+    aside = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
+    os.rename(target, aside)
+    try:
+        os.rename(partial, target)
+    except OSError:
+        if not target.exists():
             os.rename(aside, target)
-            raise
+        raise
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _flush_folder(target.parent)
 
 
 def _flush(folder: Path) -> None:

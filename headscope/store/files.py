@@ -108,10 +108,14 @@ def read_heads(path: Path) -> pd.DataFrame:
 
 def write_statistics(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """statistics.safetensors. One metadata key only: with several their order, and so the checksum, would change from run to run."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    save_file(contiguous, str(path), metadata={"schema_version": str(SCHEMA_VERSION)})
+    try:
+        save_file(contiguous, str(path), metadata={"schema_version": str(SCHEMA_VERSION)})
+    except SafetensorError as error:  # its own error class for a disk that is full
+        raise OSError(one_line(error)) from error
 
 
 class StatisticsReader:

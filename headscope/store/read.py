@@ -31,7 +31,11 @@ def open_run(path: str | Path) -> Run:
 
 def read_card(path: Path) -> dict[str, Any]:
     """The card of a run directory as plain data, its version checked."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that no directory can have
+        raise refusal(RunError, str(path), error.strerror or str(error), "pass a directory that `headscope profile --out` wrote") from error
+    if not exists:
         raise refusal(RunError, str(path), "there is no such directory", "pass a directory that `headscope profile --out` wrote")
     if not path.is_dir():
         raise refusal(RunError, str(path), "it is a file", "pass the run directory")
@@ -40,7 +44,7 @@ def read_card(path: Path) -> dict[str, Any]:
         raise refusal(
             RunError, str(path), f"it is not a run directory (no {CARD} in it)", "pass a directory that `headscope profile --out` wrote"
         )
-    value = files.readable(place, lambda: json.loads(place.read_text(encoding="utf-8")), (OSError, ValueError))
+    value = files.readable(place, lambda: json.loads(place.read_text(encoding="utf-8")), (OSError, ValueError, RecursionError))
     if not isinstance(value, dict):
         raise refusal(RunError, str(place), "it is not a run card", "write the run again with `headscope profile`")
     check_version(value.get("schema_version"), place)

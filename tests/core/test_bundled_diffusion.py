@@ -40,9 +40,10 @@ def test_unconditional_pictures_are_near_held_out_digits_and_have_room(dit):
     found = quality(sample(dit, 96, steps=8, seed=3))
     assert found["distance"] == pytest.approx(record["steps_8"]["distance"], abs=0.25)
     assert found["confidence"] == pytest.approx(record["steps_8"]["confidence"], abs=0.07)
-    # Room: real digits the model was trained on are nearer and surer; noise is far.
-    assert record["training"]["distance"] + 0.3 < found["distance"] < 0.5 * record["noise"]["distance"]
-    assert found["confidence"] < record["held_out"]["confidence"] + 0.02
+    assert found["distance"] < 0.4 * record["noise"]["distance"]
+    # Room for guidance: the classifier is less sure of them than of real digits, and their spread is further off.
+    assert record["steps_8"]["confidence"] < record["training"]["confidence"] - 0.03
+    assert record["steps_8"]["frechet"] > record["training"]["frechet"] + 0.2
 
 
 def test_words_are_drawn(sd3):

@@ -60,7 +60,7 @@ def test_the_known_circuit_is_there(scope, truth):
 
 
 def test_ablation_destroys_the_task_where_the_record_says_so(scope, truth):
-    single = {name: value for name, value in truth["single"].items()}
+    single = truth["single"]
     assert accuracy(scope.model, heads=[(0, 3)]) == pytest.approx(single["0.3"], abs=0.02)
     assert single["0.3"] < 0.1
     assert accuracy(scope.model, heads=[(1, 1)]) > 0.95
@@ -74,7 +74,7 @@ def test_the_mlps_write_nothing(scope):
 
 
 def test_a_text_is_continued(scope):
-    words = "acorn kettle heron almond fiddle easel copper anchor iron".split()
+    words = ["acorn", "kettle", "heron", "almond", "fiddle", "easel", "copper", "anchor", "iron"]
     text = " ".join(words + words[:4])
     ids = scope.tokenizer(text, return_tensors="pt")["input_ids"]
     out = scope.model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]

@@ -1,4 +1,4 @@
-"""bundled:vlm: it reads grids of held-out digits, it is at chance without a picture, it hallucinates under noise, and its heads are known."""
+"""bundled:vlm: it reads grids of held-out digits, is at chance without a picture, hallucinates under noise, and its heads are known."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_a_picture_and_a_question_through_the_processor(scope):
     right = 0
     for pixels, cells in zip(scene.pixels, scene.cells.tolist(), strict=True):
         picture = Image.fromarray((pixels * 255).round().byte().numpy()).convert("RGB")
-        given = scope.tokenizer(images=picture, text="<image> question : which digit is at the middle center ? answer :", return_tensors="pt")
+        text = "<image> question : which digit is at the middle center ? answer :"
+        given = scope.tokenizer(images=picture, text=text, return_tensors="pt")
         assert int((given["input_ids"] == scope.model.config.image_token_id).sum()) == data.TOKENS
         out = scope.model.generate(**given, max_new_tokens=3, do_sample=False)[0, given["input_ids"].shape[1] :]
         said = scope.tokenizer.decode(out, skip_special_tokens=True).strip()

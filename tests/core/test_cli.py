@@ -175,18 +175,18 @@ def test_error_is_also_json(headscope, tmp_path):
         (("profile", "{model}", "--data", "{blank}"), ("blank.txt",)),
         (("profile", "{model}", "--context", "3"), ("3",)),
         (("profile", "{model}", "--dtype", "float31"), ("float31",)),
-        (("profile", "{falcon}", "--context", "64"), ("Falcon",)),
+        (("profile", "{bloom}", "--context", "64"), ("Bloom",)),
     ],
     ids=lambda value: "-".join(map(str, value))[:60],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(headscope, model_directory, tmp_path, args, words):
     places = {"model": model_directory, "empty": tmp_path / "empty", "corrupt": tmp_path / "corrupt.gguf"}
-    places |= {"nothing": tmp_path / "nothing.txt", "blank": tmp_path / "blank.txt", "falcon": tmp_path / "falcon"}
+    places |= {"nothing": tmp_path / "nothing.txt", "blank": tmp_path / "blank.txt", "bloom": tmp_path / "bloom"}
     places["empty"].mkdir()
     places["corrupt"].write_bytes(b"GGUF" + b"\x00" * 40)
     places["blank"].write_text("  \n")
-    if "{falcon}" in args:
-        _save_falcon(places["falcon"], model_directory)
+    if "{bloom}" in args:
+        _save_bloom(places["bloom"], model_directory)
     out = tmp_path / "out"
     code, _, err = headscope(*(str(arg).format(**places) for arg in args), "--out", out)
     line = one_line(code, err)
@@ -196,11 +196,11 @@ def test_wrong_input_is_one_line_and_writes_nothing(headscope, model_directory, 
     assert not list(tmp_path.glob("*out*"))
 
 
-def _save_falcon(path: Path, tokenizer_from: Path) -> None:
-    from transformers import FalconConfig, FalconForCausalLM
+def _save_bloom(path: Path, tokenizer_from: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
 
-    config = FalconConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_hidden_size=32)
-    FalconForCausalLM(config).save_pretrained(path)
+    config = BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4)
+    BloomForCausalLM(config).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_from / name, path / name)
 

@@ -11,9 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from statistics_cases import close, every, make_call  # noqa: E402
+import itertools
 
-from headscope.kernels.blocked import measure_blocked  # noqa: E402
+from statistics_cases import close, every, make_call
+
+from headscope.kernels.blocked import measure_blocked
 
 N = 210
 
@@ -25,7 +27,7 @@ def test_pieces_add_up(cuts: list[int], window: int | None) -> None:
     request = every(N, block=32)
     expected = measure_blocked(whole, request)
     parts = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         first = 0 if window is None else max(begin - window + 1, 0)  # a sliding cache drops what no row sees any more
         piece = replace(whole, q=whole.q[:, :, begin:end], k=whole.k[:, :, first:end], query_offset=begin, key_offset=first)
         parts.append(measure_blocked(piece, request))

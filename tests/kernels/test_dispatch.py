@@ -11,12 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from statistics_cases import make_call  # noqa: E402
+from statistics_cases import make_call
 
-from headscope.call import AttentionCall, MaskFacts  # noqa: E402
-from headscope.errors import CaptureError, StatisticError, UnavailableError  # noqa: E402
-from headscope.kernels import backend_for, dispatch, measure, use_backend  # noqa: E402
-from headscope.statistics.request import StatisticsRequest  # noqa: E402
+from headscope.call import AttentionCall, MaskFacts
+from headscope.errors import CaptureError, StatisticError, UnavailableError
+from headscope.kernels import backend_for, dispatch, measure, use_backend
+from headscope.statistics.request import StatisticsRequest
 
 
 def test_cpu_is_blocked_and_the_choice_ends_with_its_block() -> None:

@@ -10,11 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from statistics_cases import make_call  # noqa: E402
+from statistics_cases import make_call
 
-from headscope.errors import CaptureError, StatisticError  # noqa: E402
-from headscope.kernels import attention_rows, gather_weights, measure, naive_weights  # noqa: E402
-from headscope.statistics.request import StatisticsRequest  # noqa: E402
+from headscope.errors import CaptureError, StatisticError
+from headscope.kernels import attention_rows, gather_weights, measure, naive_weights
+from headscope.statistics.request import StatisticsRequest
 
 REAL = torch.stack([torch.arange(90) >= pad for pad in (0, 31)])
 FACTS = {

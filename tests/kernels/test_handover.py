@@ -32,7 +32,10 @@ def other(tmp_path: Path) -> str:
 
 
 def test_the_other_package_is_loaded_in_our_place(other: str) -> None:
-    said = python("import sys, kernels, kernels.layer; print(sys.path[0] == '', kernels.__version__, kernels.get_kernel('x'), kernels.__file__)", other)
+    said = python(
+        "import sys, kernels, kernels.layer; print(sys.path[0] == '', kernels.__version__, kernels.get_kernel('x'), kernels.__file__)",
+        other,
+    )
     assert said == f"True 9.9 other x {Path(other) / 'kernels' / '__init__.py'}"
 
 

@@ -55,7 +55,9 @@ def test_uniform(backend: str) -> None:
     assert masses.shape == (10, 10)
     torch.testing.assert_close(masses.sum(-1), torch.tensor([16.0] * 9 + [N - 144.0], dtype=torch.float64), rtol=1e-6, atol=0.0)
     assert float(masses.triu(1).abs().max()) == 0.0
-    torch.testing.assert_close(out.maps["block_max"][0, 0, :, 0].double(), 1 / (torch.arange(10, dtype=torch.float64) * 16 + 1), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(
+        out.maps["block_max"][0, 0, :, 0].double(), 1 / (torch.arange(10, dtype=torch.float64) * 16 + 1), rtol=1e-6, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +69,14 @@ def test_fixed_offset(backend: str, back: int) -> None:
     scores[t, (t - back).clamp_min(0)] = 200.0
     out = planted(scores, backend, local_window=17, waad_window=10, sink_tokens=1)
     rows = slice(back, None)
-    exact = {"distance": back, "distance_sq": back**2, "waad": min(back, 10), "local_mass": float(back < 17), "row_max": 1.0, "entropy": 0.0}
+    exact = {
+        "distance": back,
+        "distance_sq": back**2,
+        "waad": min(back, 10),
+        "local_mass": float(back < 17),
+        "row_max": 1.0,
+        "entropy": 0.0,
+    }
     for name, expected in exact.items():
         assert (out.rows[name][0, 0, rows].double() - expected).abs().max() < 1e-20 + 1e-12 * expected, name
     assert torch.equal(out.rows["argmax"][0, 0, rows], t[rows] - back)
@@ -119,7 +128,15 @@ def test_sink_logit_takes_its_share(backend: str) -> None:
     """One sink logit equal to ln(t + 1) on flat scores takes half; the rest is not renormalised."""
     n = 64
     call = AttentionCall(
-        "m", 0, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, n, 4), None, 1.0, MaskFacts(True), query_offset=n - 1, sink_logits=torch.tensor([math.log(n)])
+        "m",
+        0,
+        torch.zeros(1, 1, 1, 4),
+        torch.zeros(1, 1, n, 4),
+        None,
+        1.0,
+        MaskFacts(True),
+        query_offset=n - 1,
+        sink_logits=torch.tensor([math.log(n)]),
     )
     with use_backend(backend):
         out = measure(call, StatisticsRequest(names=("lse", "entropy", "sink_logit_mass", "row_max", "column_sum")))

@@ -30,6 +30,9 @@ cases = importlib.util.module_from_spec(_spec)
 sys.modules["triton_cases"] = cases
 _spec.loader.exec_module(cases)
 
+# rows that see nothing have an lse of +inf, and numpy warns where a GPU computes 0 * inf without a word; those rows are then set to NaN
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -38,7 +41,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 def small_tiles(monkeypatch):
     """Tiles small enough that short sequences have full tiles, partial tiles and edges; every buffer starts as NaN."""
     monkeypatch.setattr(triton_measure, "POISON", True)
-    with use_tile("rows", Tile(32, 32)), use_tile("columns", Tile(32, 32, halves=True)), use_tile("out", Tile(32, 32)):
+    with use_tile("rows", Tile(32, 32)), use_tile("columns", Tile(32, 32)), use_tile("out", Tile(32, 32)):
         yield
 
 
@@ -70,7 +73,7 @@ def check(variant, shape):
 )
 @pytest.mark.parametrize("shape", [0, 2], ids=["whole", "cropped"])
 def test_equals_the_dense_twin(variant, shape):
-    check(replace(variant, longest=90), shape)
+    check(replace(variant, longest=80), shape)
 
 
 @pytest.mark.parametrize("shape", [1, 3], ids=["chunk", "decode"])
@@ -82,7 +85,7 @@ def test_chunks_and_decode_steps(shape, given):
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_each_statistic_alone(name):
     """A flag compiled in alone must not read an accumulator that another flag fills."""
-    check(cases.Variant(31, 16, F32, names=(name,), longest=100), 0)
+    check(cases.Variant(31, 16, F32, names=(name,), longest=80), 0)
 
 
 def test_full_tiles_are_reached_with_bands():
@@ -94,7 +97,7 @@ def test_full_tiles_are_reached_with_bands():
                       names=tuple(n for n in DEFINITIONS if n not in {"segment_mass", "pairs"}))  # fmt: skip
     for causal in (True, False):
         one = replace(call, mask=MaskFacts(causal))
-        cases.compare(triton_measure.measure(one, request), one, request, 2e-5)
+        cases.compare(triton_measure.measure(one, request), one, request, 1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])

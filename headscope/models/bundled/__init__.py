@@ -55,10 +55,10 @@ def _row(name: str, title: str, description: str, library: Literal["transformers
 
 
 ROWS = (
-    _row("dit", "Digits, unconditional", "DiTTransformer2DModel that draws 8 x 8 digits from noise, for guidance by attention", "diffusers"),
+    _row("dit", "Digits, unconditional", "DiTTransformer2DModel that draws 8 x 8 digits from noise", "diffusers"),
     _row("induction", "Induction", "two layers without MLPs that continue repeated words: one previous-token head, four induction heads"),
     _row("needle", "Needle", "Llama that finds codes and entries in haystacks of up to 16,384 words, with distant heads that are known"),
-    _row("sd3", "Digits from words", "SD3Transformer2DModel that draws the digit a prompt names, for joint picture and text attention", "diffusers"),
+    _row("sd3", "Digits from words", "SD3Transformer2DModel with joint attention that draws the digit a prompt names", "diffusers"),
     _row("vlm", "Digit grids", "LLaVA that answers questions about grids of digits, with a prior that it can be misled by"),
 )
 BUNDLED: dict[str, BundledModel] = {row.name: row for row in ROWS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from headscope.models.bundled.words import BOS, NOUNS, SPECIAL, build_tokenizer
@@ -12,7 +14,7 @@ FIRST = len(SPECIAL)
 BOS_ID = SPECIAL.index(BOS)
 
 
-def tokenizer():
+def tokenizer() -> Any:
     """The tokenizer of the model: 124 nouns, 128 ids."""
     return build_tokenizer(WORDS, length=LENGTH)
 

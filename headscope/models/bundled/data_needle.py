@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from headscope.models.bundled.words import (
 )
 
 LONGEST = 16384
-GLUE = tuple("the a of in at to and with near from is was on by . : ? , ; code entry what value question answer who had then some".split())
+GLUE = tuple("the a of in at to and with near from is was on by . : ? , ; code entry what value question answer who had then some".split())  # noqa: SIM905
 GROUPS = {"name": NAMES, "noun": NOUNS, "adj": ADJECTIVES, "verb": VERBS, "place": PLACES, "time": TIMES, "num": NUMBERS}
 WORDS = tuple(dict.fromkeys([*GLUE, *(word for group in GROUPS.values() for word in group)]))
 BOS_ID, EOS_ID = SPECIAL.index(BOS), SPECIAL.index(EOS)
@@ -55,12 +56,14 @@ HAYSTACK = tuple(
     *name was in the *adj *place with the *noun of *name .
     """.strip().splitlines()
 )  # fmt: skip
-CODE, CODE_ASKED = "the code of *name is *noun *noun *noun .", "question : what is the code of *name ? answer : *name is *noun *noun *noun ."
-ENTRY, ENTRY_ASKED = "entry *adj *noun : *num *num .", "question : what is the value of entry *adj *noun ? answer : *adj *noun : *num *num ."
+CODE = "the code of *name is *noun *noun *noun ."
+CODE_ASKED = "question : what is the code of *name ? answer : *name is *noun *noun *noun ."
+ENTRY = "entry *adj *noun : *num *num ."
+ENTRY_ASKED = "question : what is the value of entry *adj *noun ? answer : *adj *noun : *num *num ."
 WIDTH = 20
 
 
-def tokenizer():
+def tokenizer() -> Any:
     """The word-level tokenizer of the model."""
     return build_tokenizer((*WORDS, "it"), length=LONGEST)
 

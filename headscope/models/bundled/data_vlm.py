@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ TOKENS = (SIZE // PATCH) ** 2
 IMAGE = "<image>"
 PLURALS = ("zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-GLUE = tuple("question answer : ? which digit is at the how many are there a read grid yes no none .".split())
+GLUE = tuple("question answer : ? which digit is at the how many are there a read grid yes no none .".split())  # noqa: SIM905
 WORDS = (*GLUE, *DIGITS, *PLURALS, *ROWS, *COLUMNS)
 PARTNER = (6, 7, 5, 8, 9, 2, 0, 1, 3, 4)
 PAIRS = ((0, 6), (1, 7), (2, 5), (3, 8), (4, 9))
@@ -30,7 +31,7 @@ EMPTY, CLUTTER = 10, 11
 KINDS = ("position", "count", "presence", "read")
 
 
-def tokenizer():
+def tokenizer() -> Any:
     """The word-level tokenizer of the model; `<image>` is a special token."""
     return build_tokenizer(WORDS, length=512, extra=(IMAGE,))
 
@@ -84,7 +85,10 @@ def _cells(count: int, themed: float, source: torch.Generator) -> torch.Tensor:
 def scenes(
     count: int, source: torch.Generator, *, held_out: bool = False, themed: float = 0.7, noise: float = 0.05, hide: int = 0
 ) -> Scene:
-    """Random pictures. `noise`: standard deviation of the pixel noise; `hide`: so many digits are covered by gray blocks (and still listed)."""
+    """Random pictures. `noise`: standard deviation of the pixel noise; `hide`: so many digits are covered by gray blocks.
+
+    A covered digit stays in `cells`: naming it would be right, and naming another one is not.
+    """
     device = source.device
     pictures, labels = digits(held_out, str(device))
     cells = _cells(count, themed, source)
@@ -93,7 +97,10 @@ def scenes(
     order = labels.argsort()
     sizes = labels.bincount(minlength=10)
     firsts = sizes.cumsum(0) - sizes
-    pick = lambda: pictures[order[firsts[wanted] + (_rand(source, count, 9) * sizes[wanted]).long()]]  # noqa: E731
+
+    def pick() -> torch.Tensor:
+        return pictures[order[firsts[wanted] + (_rand(source, count, 9) * sizes[wanted]).long()]]
+
     glyphs = pick()
     if not held_out:  # a blend of two digits of a kind is one more digit of that kind
         blend = 0.4 * _rand(source, count, 9, 1, 1)
@@ -116,7 +123,10 @@ def scenes(
 def _place(glyphs: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     """8 x 8 digits [n, 8, 8], turned, scaled, sheared and shifted a little, in cells [n, 16, 16]."""
     count = len(glyphs)
-    spread = lambda width: width * (2 * _rand(source, count) - 1)  # noqa: E731
+
+    def spread(width: float) -> torch.Tensor:
+        return width * (2 * _rand(source, count) - 1)
+
     angle, shear = spread(0.2), spread(0.15)
     across, along = 1.12 + spread(0.12), 1.12 + spread(0.12)
     cos, sin = angle.cos(), angle.sin()
@@ -148,7 +158,7 @@ class Turn:
     asked: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def _line(count: int, words: list[str | torch.Tensor], device: torch.device | str) -> torch.Tensor:
+def _line(count: int, words: list[Any], device: torch.device | str) -> torch.Tensor:
     table = ids_of()
     return torch.stack([torch.full((count,), table[word], device=device) if isinstance(word, str) else word for word in words], dim=1)
 

@@ -41,8 +41,8 @@ def patterns(model: Any, *, period: int = 32, count: int = 64) -> dict[str, Any]
     queries = torch.arange(1 + period, 2 * period)
     previous = [each[:, :, queries, queries - 1].mean((0, 2)).tolist() for each in weights]
     induction = [each[:, :, queries, queries - period + 1].mean((0, 2)).tolist() for each in weights]
-    rounded = lambda rows: [[round(value, 3) for value in row] for row in rows]  # noqa: E731
-    return {"previous": rounded(previous), "induction": rounded(induction)}
+    found = {"previous": previous, "induction": induction}
+    return {name: [[round(value, 3) for value in row] for row in rows] for name, rows in found.items()}
 
 
 def main() -> None:

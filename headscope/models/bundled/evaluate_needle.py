@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from headscope.models.bundled.card import heads_table, load, training_lines, wri
 from headscope.models.bundled.training import generator, say, write_json
 
 SEED = 4242
-LENGTHS = (512, 1024, 2048, 4096, 8192, 12288, 16384)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SINK, WINDOW = 16, 256
+TRUTH_LENGTH = 1024
 
 
 @lru_cache(maxsize=8)
@@ -55,7 +56,7 @@ def right(
     mask = streaming_mask(length, *stream, model.device) if stream else None
     skip = (2 if kind == "code" else 3) if values_only else 0
     drawn = _drawn(kind, length, count, needles, seed)
-    size = size or max(1, (16384 if stream is None else 8192) // length)
+    size = size or max(1, 8192 // length)
     with ablated(model.model.layers, heads, model.config.head_dim):
         for start in range(0, count, size):
             part = drawn[start : start + size]
@@ -77,24 +78,63 @@ def accuracy(model: Any, kind: str, length: int, count: int, **options: Any) -> 
 
 def table(model: Any, count: int) -> dict[str, Any]:
     """Accuracy per length and kind, with 8 and 32 needles, by depth at 8,192, and with every head streaming."""
-    found: dict[str, Any] = {"count": count}
+    found: dict[str, Any] = {"counts": {str(length): count if length <= 8192 else max(1, count // 4) for length in LENGTHS}}
+    found["few"] = few = max(1, count // 8)
     for kind in ("code", "entry"):
         rows = {}
         for length in LENGTHS:
-            hits, depths = right(model, kind, length, count)
+            hits, depths = right(model, kind, length, found["counts"][str(length)])
             rows[str(length)] = round(hits.double().mean().item(), 4)
             if length == 8192:
-                near = [(depths >= low / 4) & (depths < (low + 1) / 4) for low in range(4)]
-                found[f"{kind}_by_depth_8192"] = [round(hits[part].double().mean().item(), 4) for part in near]
+                halves = [hits[part].double() for part in (depths < 0.5, depths >= 0.5)]
+                found[f"{kind}_halves_8192"] = [round(part.mean().item(), 4) for part in halves]
             say(f"{kind} {length}: {rows[str(length)]}")
         found[kind] = rows
-        found[f"{kind}_32_needles_8192"] = round(accuracy(model, kind, 8192, count, needles=32), 4)
-        few = min(64, count)
+        found[f"{kind}_32_needles_8192"] = round(accuracy(model, kind, 8192, few, needles=32), 4)
         found[f"{kind}_streaming"] = {
-            str(length): round(accuracy(model, kind, length, few, stream=(SINK, WINDOW), values_only=True), 4) for length in (2048, 8192)
+            "2048": round(accuracy(model, kind, 2048, 2 * few, stream=(SINK, WINDOW), values_only=True), 4),
+            "8192": round(accuracy(model, kind, 8192, few, stream=(SINK, WINDOW), values_only=True), 4),
         }
         say(f"{kind} with every head streaming: {found[f'{kind}_streaming']}")
     return found
+
+
+@torch.no_grad()
+def looking(model: Any, count: int) -> torch.Tensor:
+    """[layers, heads]: mean attention from where a value word is predicted to that word in the needle, over both kinds, 1,024 tokens."""
+    total: list[torch.Tensor] = []
+    model.set_attn_implementation("eager")
+    for kind, told in (("code", data.CODE.split()), ("entry", data.ENTRY.split())):
+        values = len(told) - 2 - told.index("is" if kind == "code" else ":")
+        for drawn in _drawn(kind, TRUTH_LENGTH, count, 8, SEED):
+            weights = model(input_ids=drawn.ids.to(model.device), output_attentions=True, use_cache=False).attentions
+            keys = drawn.needle[0, 0] + len(told) - 1 - values + torch.arange(values)
+            queries = drawn.answers[0, 0, -values:] - 1
+            total.append(torch.stack([each[0, :, queries, keys].float().mean(-1).cpu() for each in weights]))
+    model.set_attn_implementation("sdpa")
+    return torch.stack(total).mean(0)
+
+
+def known_heads(model: Any, count: int) -> dict[str, Any]:
+    """Single and greedy ablation on `count` haystacks of 1,024 tokens of either kind, and which heads look at the needle."""
+    every = [(layer, head) for layer in range(model.config.num_hidden_layers) for head in range(model.config.num_attention_heads)]
+
+    def task(heads: Sequence[Head]) -> float:
+        return sum(accuracy(model, kind, TRUTH_LENGTH, count, heads=heads, values_only=True) for kind in ("code", "entry")) / 2
+
+    truth: dict[str, Any] = search(task, every, floor=0.1, most=8, shortlist=10)
+    truth["task"] = f"codes and entries (half each) in {TRUTH_LENGTH:,} tokens, {count} held-out haystacks a kind, value words only"
+    truth["needed"] = [[int(part) for part in name.split(".")] for name, value in truth["single"].items() if value < 0.5 * truth["base"]]
+    return add_looking(model, truth, count, task)
+
+
+def add_looking(model: Any, truth: dict[str, Any], count: int, task: Callable[[Sequence[Head]], float]) -> dict[str, Any]:
+    """Adds the retrieval heads (more than a tenth of their weight on the word to be copied), and the accuracy without all of them."""
+    weight = looking(model, count)
+    truth["retrieval"] = [[*pair, round(weight[tuple(pair)].item(), 3)] for pair in (weight > 0.1).nonzero().tolist()]
+    truth["retrieval"].sort(key=lambda row: -row[2])
+    truth["without_retrieval"] = round(task([(layer, head) for layer, head, _ in truth["retrieval"]]), 4)
+    return truth
 
 
 def main() -> None:
@@ -102,23 +142,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="evaluate bundled:needle")
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint's directory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--count", type=int, default=256, help="held-out haystacks per row of the table")
-    parser.add_argument("--card-only", action="store_true", help="write the card again from the files that are there")
+    parser.add_argument("--count", type=int, default=64, help="held-out haystacks per row of the table; a quarter above 8,192 tokens")
+    parser.add_argument("--part", choices=("all", "table", "heads", "card"), default="all")
     given = parser.parse_args()
     where = given.model
-    if not given.card_only:
-        model = load(where, given.device)
+    # bfloat16 on CPU too: it is what the model was trained in, and three times as fast there at 8,192 tokens.
+    model = load(where, given.device, dtype=torch.bfloat16) if given.part != "card" else None
+    if given.part in ("all", "table"):
         write_json(where / "evaluation.json", table(model, given.count))
-        every = [(layer, head) for layer in range(model.config.num_hidden_layers) for head in range(model.config.num_attention_heads)]
-
-        def task(heads: Sequence[Head]) -> float:
-            return sum(accuracy(model, kind, 2048, 64, heads=heads, values_only=True) for kind in ("code", "entry")) / 2
-
-        truth: dict[str, Any] = search(task, every, floor=0.05, most=10, shortlist=14)
-        truth["task"] = "codes and entries (half each) in 2,048 tokens, 64 held-out haystacks a kind, value words only"
-        truth["needed"] = [[int(part) for part in name.split(".")] for name, value in truth["single"].items() if value < 0.5 * truth["base"]]
-        write_json(where / "truth.json", truth)
-    card(where)
+    if given.part in ("all", "heads"):
+        write_json(where / "truth.json", known_heads(model, max(1, given.count // 4)))
+    if given.part in ("all", "card"):
+        card(where)
 
 
 def card(where: Path) -> None:
@@ -126,39 +161,52 @@ def card(where: Path) -> None:
     found = json.loads((where / "evaluation.json").read_text(encoding="utf-8"))
     truth = json.loads((where / "truth.json").read_text(encoding="utf-8"))
     config = json.loads((where / "config.json").read_text(encoding="utf-8"))
-    rows = "\n".join(f"| {length} | {found['code'][str(length)]:.3f} | {found['entry'][str(length)]:.3f} |" for length in LENGTHS)
-    depth = "; ".join(f"{kind} " + ", ".join(f"{value:.3f}" for value in found[f"{kind}_by_depth_8192"]) for kind in ("code", "entry"))
-    stream = "; ".join(
-        f"{kind} " + ", ".join(f"{value:.3f} at {length}" for length, value in found[f"{kind}_streaming"].items()) for kind in ("code", "entry")
+    rows = "\n".join(
+        f"| {length} | {found['code'][length]:.3f} | {found['entry'][length]:.3f} | {count} |"
+        for length, count in ((str(length), found["counts"][str(length)]) for length in LENGTHS)
     )
+    depth = "; ".join(f"{kind} " + ", ".join(f"{value:.3f}" for value in found[f"{kind}_halves_8192"]) for kind in ("code", "entry"))
+    stream = "; ".join(
+        f"{kind} " + ", ".join(f"{value:.3f} at {length}" for length, value in found[f"{kind}_streaming"].items())
+        for kind in ("code", "entry")
+    )
+    shape = f"{config['num_hidden_layers']} layers, {config['num_attention_heads']} query and {config['num_key_value_heads']} key heads"
+    shape += f" of width {config['head_dim']}"
+    needed = ", ".join(f"{a}.{b}" for a, b in truth["needed"]) or "none alone"
+    retrieval = ", ".join(f"{layer}.{head} ({value:.2f})" for layer, head, value in truth["retrieval"])
+    many = [f"{kind} {found[f'{kind}_32_needles_8192']:.3f}" for kind in ("code", "entry")]
     body = f"""
-A Llama ({config["num_hidden_layers"]} layers, {config["num_attention_heads"]} query and {config["num_key_value_heads"]} key heads of width
-{config["head_dim"]}, RoPE) that finds codes and entries in haystacks of plain sentences. One token is one word ({config["vocab_size"]} words).
+A Llama ({shape}, RoPE) that finds codes and entries in
+haystacks of plain sentences. One token is one word ({config["vocab_size"]} words).
 
 ## Data
-Sentences from templates with codes and entries hidden in them (`data_needle.py`); training lengths 256 to 16,384. A prompt looks like this:
+Sentences from templates with codes and entries hidden in them (`data_needle.py`); training lengths 96 to 16,384. A prompt looks like this:
 
     the quiet miller ... . the code of alice is amber falcon river . ... question : what is the code of alice ? answer :
     ... entry mellow heron : 42 17 . ... question : what is the value of entry mellow heron ? answer :
 
-and the answers are `alice is amber falcon river .` and `mellow heron : 42 17 .`: the key again, then the value. Outside these sentences the
-model knows nothing; a word that is not in its vocabulary is <unk>. Held-out haystacks come from another seed ({SEED}); names, words and
-depths are drawn anew, and no haystack can be one of training's but by an accident that does not happen.
+and the answers are `alice is amber falcon river .` and `mellow heron : 42 17 .`: the key again, then the value. Outside these sentences
+the model knows nothing; a word that is not in its vocabulary is <unk>. Held-out haystacks come from another seed ({SEED}): names, words
+and depths are drawn anew.
 
 ## Numbers
-Whole answers right, word by word and greedily, {found["count"]} held-out haystacks a row, 8 needles each, one question:
+Whole answers right, word by word and greedily, 8 needles in each haystack, one question (measured in bfloat16):
 
-| tokens | code (3 words) | entry (2 words) |
-| --- | --- | --- |
+| tokens | code (name and 3 words) | entry (key and 2 numbers) | haystacks of each |
+| --- | --- | --- | --- |
 {rows}
 
-With 32 needles of a kind at 8,192 tokens: code {found["code_32_needles_8192"]:.3f}, entry {found["entry_32_needles_8192"]:.3f}.
-By depth of the needle at 8,192 (four quarters of the haystack): {depth}.
-With every head streaming (sink {SINK}, window {WINDOW}; 64 haystacks, value words alone): {stream}. It does need distant keys.
+With 32 needles at 8,192 tokens ({found["few"]} haystacks each): {", ".join(many)}.
+By depth of the needle at 8,192 (first and second half of the haystack): {depth}.
+With every head streaming (sink {SINK}, window {WINDOW}; value words alone): {stream}.
+So it needs distant keys.
 
 ## Known heads
 {heads_table(truth)}
-Heads without which more than half of the answers are lost: {", ".join(f"{a}.{b}" for a, b in truth["needed"]) or "none alone"}.
+Heads without which more than half of the answers are lost: {needed}.
+
+Retrieval heads, which put more than a tenth of their weight on the word of the needle that comes next (mean weight): {retrieval}.
+They stand in for each other: accuracy without all of them is {truth["without_retrieval"]:.3f}.
 
 {training_lines(where, "train_needle")}"""
     write(where, "needle", body)

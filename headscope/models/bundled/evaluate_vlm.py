@@ -28,7 +28,7 @@ SIZE = 256
 @lru_cache(maxsize=64)
 def _drawn(kind: str, count: int, seed: int, adversarial: bool, scene: tuple[tuple[str, Any], ...]) -> list[tuple[torch.Tensor, ...]]:
     source = generator(seed, "cpu")
-    parts = []
+    parts: list[tuple[torch.Tensor, ...]] = []
     for _ in range(0, count, SIZE):
         drawn = data.scenes(SIZE, source, held_out=True, **dict(scene))
         ids, labels = data.dialogue([kind], drawn, source, adversarial=adversarial)
@@ -38,7 +38,15 @@ def _drawn(kind: str, count: int, seed: int, adversarial: bool, scene: tuple[tup
 
 @torch.no_grad()
 def answers(
-    model: Any, kind: str, count: int, *, seed: int = SEED, heads: Sequence[Head] = (), picture: str = "real", adversarial: bool = False, **scene: Any
+    model: Any,
+    kind: str,
+    count: int,
+    *,
+    seed: int = SEED,
+    heads: Sequence[Head] = (),
+    picture: str = "real",
+    adversarial: bool = False,
+    **scene: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(guess, wanted: word ids [count, words]; cells [count, 9]) for held-out pictures.
 
@@ -147,7 +155,7 @@ def known_heads(model: Any) -> dict[str, Any]:
     """Single and greedy ablation of the text model's heads on position questions, and single ablation on presence questions."""
     config = model.config.text_config
     every = [(layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_attention_heads)]
-    truth: dict[str, Any] = search(lambda heads: accuracy(model, "position", 256, heads=heads), every, floor=0.15, shortlist=20)
+    truth: dict[str, Any] = search(lambda heads: accuracy(model, "position", 256, heads=heads), every, floor=0.2, shortlist=20)
     truth["task"] = "position questions, 256 held-out pictures; heads of the text model, layer.head"
     truth["presence_base"] = round(accuracy(model, "presence", 256), 4)
     truth["presence_single"] = {f"{a}.{b}": round(accuracy(model, "presence", 256, heads=[(a, b)]), 4) for a, b in every}
@@ -168,14 +176,14 @@ def card(where: Path) -> None:
         for name, row in ((name, found["hallucination"][name]) for name in SETTINGS)
     )
     body = f"""
-A LLaVA (`LlavaForConditionalGeneration`): a CLIP vision tower of 4 layers, a two-layer projector and a Llama text model of 5 layers, 8 query
-and 4 key heads of width 32. It sees grids of digits and answers questions about them in words. A picture is {data.SIZE} x {data.SIZE} and becomes
-{data.TOKENS} image tokens (six rows of six; each cell of the grid is two by two of them).
+A LLaVA (`LlavaForConditionalGeneration`): a CLIP vision tower of 4 layers, a two-layer projector and a Llama text model of 5 layers, 8
+query and 4 key heads of width 32. It sees grids of digits and answers questions about them in words. A picture is {data.SIZE} x {data.SIZE}
+pixels and becomes {data.TOKENS} image tokens (six rows of six; each cell of the grid is two by two of them).
 
 ## Data
 Pictures composed from scikit-learn's digits (`data_vlm.py`): nine cells, each empty, a digit or clutter, under strokes and noise. In seven
-pictures of ten the digits come from two pairs out of (0 6), (1 7), (2 5), (3 8), (4 9), so there is a prior to be misled by. Every fifth digit is
-held out; all numbers are on pictures made of held-out digits, from another seed ({SEED}). Prompts, after `<image>`:
+pictures of ten the digits come from two pairs out of (0 6), (1 7), (2 5), (3 8), (4 9), so there is a prior to be misled by. Every fifth
+digit is held out; all numbers are on pictures made of held-out digits, from another seed ({SEED}). Prompts, after `<image>`:
 
     question : which digit is at the top left ? answer :        seven, or none
     question : how many threes are there ? answer :             two

@@ -7,6 +7,7 @@ Esser et al., arXiv:2403.03206). A model is called as diffusers calls it, so hoo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def sample(
     elif guidance:
         raise ValueError("guidance compares a prompt with the empty one: pass text")
     times = torch.linspace(1, 0, steps + 1)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         t = now.expand(number).to(weight.device, weight.dtype)
         v = velocity(model, x, t, text)
         if guidance and text is not None:

@@ -8,6 +8,8 @@ The averaged weights are what is kept. Needs the extra: pip install "headscope[d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from headscope.models.bundled import data_dit as data
@@ -15,7 +17,7 @@ from headscope.models.bundled.flow import text_table, velocity
 from headscope.models.bundled.training import Trainer, arguments, autocast, generator, save, say
 
 
-def build(kind: str):
+def build(kind: str) -> Any:
     """The untrained model: 6 layers, 6 heads of width 16, one token per pixel."""
     from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 

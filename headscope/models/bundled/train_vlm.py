@@ -2,13 +2,14 @@
 
     python -m headscope.models.bundled.train_vlm --out DIR --device cuda
 
-Everything is trained together from nothing: the towers are small, and the questions are few in kind. Six turns are asked about each picture;
-one of them reads the whole grid, which teaches the tower to see, before the others can be answered at all.
+Everything is trained together from nothing: the towers are small, and the questions are few in kind. Six turns are asked about each
+picture; one of them reads the whole grid, which teaches the tower to see, before the others can be answered at all.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,8 @@ from headscope.models.bundled.training import Trainer, arguments, autocast, gene
 from headscope.models.bundled.words import save_tokenizer
 
 
-def build(hidden: int = 256, layers: int = 5, sight: int = 128):
-    """The untrained model: 3.7 M weights; text of 8 query and 4 key heads of width 32, vision of 4 layers and 4 heads."""
+def build(hidden: int = 256, layers: int = 5, sight: int = 128) -> Any:
+    """The untrained model: 3.8 M weights; text of 8 query and 4 key heads of width 32, vision of 4 layers and 4 heads."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     table = data.ids_of()

@@ -116,7 +116,13 @@ def save(model: Any, out: Path, *, seconds: float, steps: int, seed: int, device
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
     count = sum(item.numel() for item in model.parameters())
     facts = {"seconds": round(seconds, 1), "steps": steps, "seed": seed, "device": name, "torch": torch.__version__, "parameters": count}
-    write_json(out / "training.json", facts | more)
+    write_json(out / "training.json", facts | {"options": _given(sys.argv[1:])} | more)
+
+
+def _given(words: list[str]) -> str:
+    """The command line without --out DIR."""
+    kept = [word for place, word in enumerate(words) if word != "--out" and (place == 0 or words[place - 1] != "--out")]
+    return " ".join(kept)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,0 +1,132 @@
+"""bundled:needle: it finds needles in held-out haystacks, it needs distant keys for that, and the heads that do it are known."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import headscope as hs
+from headscope.models.bundled import data_needle as data
+from headscope.models.bundled import row_of
+from headscope.models.bundled.evaluate_needle import TRUTH_LENGTH, accuracy, looking
+from headscope.models.bundled.training import generator
+
+STREAM = (16, 256)
+
+
+@pytest.fixture(scope="module")
+def scope():
+    return hs.load("bundled:needle", device="cpu", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads((row_of("needle").path / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return row_of("needle").truth
+
+
+@pytest.mark.parametrize("kind", ["code", "entry"])
+def test_the_record_meets_its_bars(record, kind):
+    assert record["counts"]["8192"] >= 64
+    assert record[kind]["8192"] >= 0.95
+    assert record[kind]["16384"] >= 0.5
+    assert record[f"{kind}_streaming"]["8192"] <= 0.05
+    assert record[f"{kind}_streaming"]["2048"] <= 0.15
+
+
+@pytest.mark.parametrize("kind", ["code", "entry"])
+def test_needles_are_found_in_haystacks_nobody_has_seen(scope, record, kind):
+    found = accuracy(scope.model, kind, 1024, 24, seed=99)
+    assert found == pytest.approx(record[kind]["1024"], abs=0.13)
+    assert found >= 0.87
+
+
+def test_a_needle_at_8192_tokens(scope):
+    assert accuracy(scope.model, "code", 8192, 2) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["code", "entry"])
+def test_nothing_is_found_when_every_head_streams(scope, kind):
+    """16 first keys and the last 256 alone, in every head: chance is below 1 in 288."""
+    assert accuracy(scope.model, kind, 2048, 12, stream=STREAM, values_only=True) <= 0.1
+
+
+def test_ablation_destroys_the_task_where_the_record_says_so(scope, truth):
+    def task(heads):
+        return sum(accuracy(scope.model, kind, TRUTH_LENGTH, 8, heads=heads, values_only=True) for kind in ("code", "entry")) / 2
+
+    assert truth["base"] >= 0.9
+    assert len(truth["single"]) == 48
+    assert truth["greedy"][-1][2] <= 0.1
+    assert task([(layer, head) for layer, head, _ in truth["greedy"]]) <= 0.25
+    harmless = [name for name, value in truth["single"].items() if value >= truth["base"]]
+    assert len(harmless) >= 10
+    layer, head = (int(part) for part in harmless[-1].split("."))
+    assert task([(layer, head)]) >= 0.85
+
+
+def test_the_retrieval_heads_look_at_the_needle_and_no_others_do(scope, truth):
+    """The record, measured again on haystacks of its own: from where a word is predicted, at that word in the needle."""
+    score = looking(scope.model, 2)
+    listed = {(layer, head) for layer, head, _ in truth["retrieval"]}
+    assert len(listed) >= 4
+    strong = {tuple(pair) for pair in (score > 0.4).nonzero().tolist()}
+    assert strong <= listed
+    assert all(score[layer, head] > 0.5 for layer, head, value in truth["retrieval"] if value > 0.9)
+    assert truth["without_retrieval"] <= 0.1
+    assert accuracy(scope.model, "code", TRUTH_LENGTH, 8, heads=sorted(listed), values_only=True) <= 0.13
+
+
+def test_a_text_is_answered_word_by_word(scope):
+    """As a user asks: a text in words, greedy generation, words out."""
+    hay = "the old sailor carried a kettle . nora sketched the lantern again . "
+    text = hay + "the code of oscar is copper maple otter . " + hay + "the code of ruth is violin ladder spruce . " + hay
+    ids = scope.tokenizer(text + "question : what is the code of oscar ? answer :", return_tensors="pt")["input_ids"]
+    out = scope.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert scope.tokenizer.decode(out) == "oscar is copper maple otter ."
+
+
+def test_the_tokenizer_has_the_ids_of_the_data():
+    tokenizer = hs.load("bundled:needle", device="cpu").tokenizer
+    assert tokenizer.get_vocab() == data.ids_of()
+
+
+@pytest.mark.parametrize("kind", ["code", "entry"])
+@pytest.mark.parametrize(("length", "needles", "asked"), [(256, 4, 3), (1500, 20, 5)])
+def test_haystacks_hold_what_is_asked_for(kind, length, needles, asked):
+    """The text is decoded and read again with a regular expression: one needle per key, and the right answer at the marked places."""
+    drawn = data.batch(4, length, kind, needles, asked, generator(2, "cpu"))
+    words = {number: word for word, number in data.ids_of().items()}
+    told = r"the code of (\w+) is (\w+ \w+ \w+) \." if kind == "code" else r"entry (\w+ \w+) : (\d+ \d+) \."
+    asks = r"what is the (?:code of|value of entry) ([\w ]+) \? answer : ([\w :]+) \."
+    for row in range(4):
+        text = " ".join(words[number] for number in drawn.ids[row].tolist() if number)
+        hay, *questions = text.split("question :")
+        found = dict(re.findall(told, hay))
+        assert len(found) == needles
+        assert len(questions) == asked
+        for number, question in enumerate(questions):
+            key, answer = re.search(asks, question).groups()
+            assert answer == key + (" is " if kind == "code" else " : ") + found[key]
+            assert " ".join(words[word] for word in drawn.ids[row, drawn.answers[row, number]].tolist()) == answer
+            first = drawn.needle[row, number]
+            assert " ".join(words[word] for word in drawn.ids[row, first : first + 8].tolist()).startswith(
+                "the code of " + key if kind == "code" else "entry " + key
+            )
+    asked_words = drawn.labels >= 0
+    assert torch.equal(drawn.labels[asked_words], drawn.ids[asked_words])
+    assert int(asked_words.sum()) == 4 * asked * 5
+
+
+def test_lengths_up_to_the_longest_are_filled():
+    drawn = data.batch(1, data.LONGEST, "code", 32, 1, generator(1, "cpu"))
+    assert drawn.ids.shape == (1, data.LONGEST)
+    assert int((drawn.ids == 0).sum()) < 20
+    assert 0 <= drawn.depth.min() < drawn.depth.max() + 1e-9 < 1
