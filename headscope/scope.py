@@ -4,8 +4,7 @@ A scope changes nothing by existing. Capturing, observing and intervening are co
 themselves to the model and come off again, also after an exception; the attention implementation, the config, the training flag and the
 weights of the model stay the user's.
 
-The silent failures this avoids: a text cut to the model's context, ids of another tokenizer, a batch whose padding nobody masked. Inputs
-are checked before the model sees them and refused in one clear line.
+Inputs are checked in `headscope.inputs`, before the model sees them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import html
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -26,6 +25,7 @@ import torch
 from headscope.capture.attach import Attachment
 from headscope.capture.hosts import Host, open_host
 from headscope.errors import CaptureError, DataError, HeadscopeError, InterventionError, StatisticError, refusal, unknown_name
+from headscope.inputs import Data, check_room, check_tables, model_inputs, moved
 from headscope.statistics import HeadStatistics, StatisticsRequest
 from headscope.statistics.request import expand_names
 from headscope.topology import Topology
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 
     from headscope.interventions import Intervention
     from headscope.profile import HeadProfile
-
-Data = Any
-"""What can be captured: a text, texts, ids [N] or [B, N], or a dict of model inputs."""
-
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -163,104 +159,6 @@ class Scope:
             raise refusal(DataError, f"the text {text[:40]!r}", "its tokenizer gave no token for it", "pass another text")
         return ids.to(self.device)
 
-    def _inputs(self, data: Data, attention_mask: Tensor | None, left: bool, beyond_context: bool) -> dict[str, Any]:
-        """Model inputs for any kind of data, checked."""
-        if not self.host.takes_text:
-            raise refusal(
-                DataError,
-                f"a {type(data).__name__}",
-                f"{self.name} does not read token ids",
-                "pass scope.capture a dict of its forward's arguments, a tuple of them, or one tensor",
-            )
-        if isinstance(data, Mapping):
-            if attention_mask is not None:
-                raise refusal(
-                    DataError, "attention_mask= beside a dict", "the dict is passed to the model as it is", "put it into the dict"
-                )
-            inputs = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in data.items()}
-            ids = inputs.get("input_ids")
-            if isinstance(ids, torch.Tensor):
-                self._check_ids(ids, inputs.get("attention_mask"), beyond_context)
-            return inputs
-        if isinstance(data, str):
-            ids = self.encode(data)
-        elif isinstance(data, Sequence) and data and all(isinstance(one, str) for one in data):
-            if attention_mask is not None:
-                raise refusal(DataError, "attention_mask= beside texts", "padding of texts makes its own", "pass ids to mask them yourself")
-            ids, attention_mask = self._padded([self.encode(one)[0] for one in data], left)
-        else:
-            ids = _as_ids(data).to(self.device)
-        mask = None if attention_mask is None else _as_mask(attention_mask, ids).to(self.device)
-        self._check_ids(ids, mask, beyond_context)
-        inputs = {self.model.main_input_name if self.model.main_input_name == "input_ids" else "input_ids": ids}
-        if mask is not None:
-            inputs["attention_mask"] = mask
-        return inputs
-
-    def _padded(self, rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor | None]:
-        """[B, N] ids and mask. Padding follows each text, so that token t of every text stands at position t; a batch that is to
-        be continued by generation is padded in front instead, as generate() needs it."""
-        length = max(len(row) for row in rows)
-        tokenizer = self.text_tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        ids = torch.full((len(rows), length), int(pad), dtype=torch.int64, device=self.device)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            where = slice(length - len(row), length) if left else slice(0, len(row))
-            ids[index, where] = row
-            mask[index, where] = 1
-        return ids, None if bool(mask.all()) else mask
-
-    def _check_ids(self, ids: Tensor, mask: Tensor | None, beyond_context: bool) -> None:
-        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise refusal(DataError, f"ids {list(ids.shape)} of {ids.dtype}", "token ids are integers [N] or [B, N]", "pass a LongTensor")
-        if not ids.numel():
-            raise refusal(DataError, f"ids of shape {list(ids.shape)}", "there is no token to attend to", "pass at least one token")
-        size = self.vocabulary
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or (size is not None and high >= size):
-            wrong = low if low < 0 else high
-            raise refusal(
-                DataError,
-                f"token id {wrong}",
-                f"{self.name} knows ids 0..{(size or 0) - 1}",
-                "encode the text with this model's own tokenizer",
-            )
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            if mask.shape != ids.shape:
-                raise refusal(
-                    DataError,
-                    f"attention_mask {list(mask.shape)} for ids {list(ids.shape)}",
-                    "they must agree",
-                    "pass a mask of the ids' shape",
-                )
-            if not bool(mask.bool().any(1).all()):
-                raise refusal(DataError, "attention_mask", "it hides every token of a sequence", "leave at least one token of each")
-        limit = self.max_length
-        table = self._position_table
-        if beyond_context and table is not None and ids.shape[1] > table:
-            raise refusal(
-                DataError, f"{ids.shape[1]} tokens", f"{self.name} has a learned table of {table} positions", "pass a shorter text"
-            )
-        if limit is not None and ids.shape[1] > limit and not beyond_context:
-            raise refusal(
-                DataError,
-                f"{ids.shape[1]} tokens",
-                f"{self.name} was made for {limit}",
-                "pass a shorter text, or beyond_context=True if you mean it",
-            )
-
-    @property
-    def _position_table(self) -> int | None:
-        """Length of the main stack's table of learned positions, beyond which the model cannot go; None where positions are computed."""
-        limit = self.max_length
-        for name, module in self.model.named_modules():
-            leaf = name.rpartition(".")[2]
-            learned = isinstance(module, torch.nn.Embedding) and leaf in ("wpe", "embed_positions", "position_embeddings")
-            if learned and limit is not None and limit <= module.num_embeddings <= limit + 2:
-                return limit
-        return None
-
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def request(self, statistics: Any = None, **params: Any) -> StatisticsRequest:
@@ -348,9 +246,9 @@ class Scope:
                 raise refusal(DataError, f"{name}={value!r}", "it counts tokens", f"pass {name}=1 or more, or leave it out")
         if not self.host.takes_text:
             return self._capture_other(data, request, verify, {"attention_mask": attention_mask, "chunk": chunk, "generate": generate})
-        inputs = self._inputs(data, attention_mask, generate is not None, beyond_context)
-        self._check_room(inputs, generate, beyond_context)
-        _check_tables(request, inputs.get("input_ids"), generate or 0)
+        inputs = model_inputs(self, data, attention_mask, generate is not None, beyond_context)
+        check_room(self, inputs, generate, beyond_context)
+        check_tables(request, inputs.get("input_ids"), generate or 0)
         with torch.no_grad(), self.observe(request, verify=verify) as stats:
             if generate is not None:
                 self._run_generate(inputs, generate, chunk)
@@ -366,23 +264,10 @@ class Scope:
             if value is not None:
                 raise refusal(DataError, f"{name}=", f"{self.name} does not read token ids", "leave it out, or put it into the inputs")
         if not isinstance(data, Mapping | tuple | list | torch.Tensor):
-            self._inputs(data, None, False, False)  # refuses
+            model_inputs(self, data, None, False, False)  # refuses
         with torch.no_grad(), self.observe(request, verify=verify) as stats:
-            self.host.run(_moved(data, self.device))
+            self.host.run(moved(data, self.device))
         return stats
-
-    def _check_room(self, inputs: dict[str, Any], generate: int | None, beyond_context: bool) -> None:
-        ids = inputs.get("input_ids")
-        limit = self.max_length
-        if generate is None or limit is None or beyond_context or not isinstance(ids, torch.Tensor) or self.model.config.is_encoder_decoder:
-            return
-        if ids.shape[1] + generate > limit:
-            raise refusal(
-                DataError,
-                f"{ids.shape[1]} tokens and {generate} to generate",
-                f"{self.name} was made for {limit}",
-                "generate fewer, or pass beyond_context=True if you mean it",
-            )
 
     def _run_once(self, inputs: dict[str, Any]) -> None:
         takes = self._forward_parameters
@@ -490,7 +375,7 @@ class Scope:
             raise refusal(
                 CaptureError, type(self.model).__name__, "it cannot generate", "use scope.capture, or a model with a language head"
             )
-        inputs = self._inputs(prompt, options.pop("attention_mask", None), True, options.pop("beyond_context", False))
+        inputs = model_inputs(self, prompt, options.pop("attention_mask", None), True, options.pop("beyond_context", False))
         with torch.no_grad():
             ids = self._generate(inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **options})
         given = inputs.get("input_ids")
@@ -547,62 +432,6 @@ def _execution_device(model: Any) -> torch.device:
             if place is not None:
                 return torch.device(place)
     return torch.device("meta")
-
-
-def _moved(data: Any, device: torch.device) -> Any:
-    """Inputs with their tensors on the model's device."""
-    if isinstance(data, torch.Tensor):
-        return data.to(device)
-    if isinstance(data, Mapping):
-        return {key: _moved(value, device) for key, value in data.items()}
-    return type(data)(_moved(value, device) for value in data) if type(data) in (tuple, list) else data
-
-
-def _as_ids(data: Data) -> Tensor:
-    """[B, N] integer ids from ids [N] or [B, N]; DataError for anything else."""
-    try:
-        ids = data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
-    except (TypeError, ValueError, RuntimeError):
-        raise refusal(
-            DataError, f"a {type(data).__name__}", "it is neither text nor token ids", "pass str, list[str], ids or a dict of inputs"
-        ) from None
-    if ids.numel() == 0:
-        raise refusal(DataError, f"ids of shape {list(ids.shape)}", "there is no token to attend to", "pass at least one token")
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
-        raise refusal(DataError, f"a tensor {list(ids.shape)} of {ids.dtype}", "token ids are integers [N] or [B, N]", "pass a LongTensor")
-    return ids.long().reshape(1, -1) if ids.dim() == 1 else ids.long()
-
-
-def _as_mask(given: Any, ids: Tensor) -> Tensor:
-    """An attention mask beside ids: [N] or [B, N] of zeros and ones, or the model's own 4-D form. DataError for anything else: what a
-    model makes of a mask of another shape, or of 0.5, is nobody's intention."""
-    try:
-        mask = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError):
-        raise refusal(DataError, f"attention_mask: a {type(given).__name__}", "it is no mask", "pass a tensor [B, N] of 0 and 1") from None
-    if mask.dim() == 1 and ids.shape[0] == 1:
-        mask = mask[None]
-    if mask.dim() not in (2, 4):
-        raise refusal(DataError, f"attention_mask {list(mask.shape)} for ids {list(ids.shape)}", "they must agree", "pass [B, N]")
-    if mask.dim() == 2 and not bool(((mask == 0) | (mask == 1)).all()):
-        raise refusal(DataError, "attention_mask", "it holds other values than 0 (padding) and 1 (token)", "pass 0 and 1, or booleans")
-    return mask
-
-
-def _check_tables(request: StatisticsRequest, ids: Any, more: int) -> None:
-    """Labels, segments and rows that do not fit the text belong to another one. Tokens to be generated may have none."""
-    if not isinstance(ids, torch.Tensor):
-        return
-    batch, length = ids.shape
-    for name in ("labels", "segments", "rows"):
-        table = getattr(request, name)
-        if table is not None and not (length <= table.shape[-1] <= length + more and (table.dim() == 1 or len(table) in (1, batch))):
-            raise refusal(
-                StatisticError,
-                f"{name} {list(table.shape)} for ids {list(ids.shape)}",
-                "they are given per position, and the text has another number of tokens",
-                f"pass [{length}] or [{batch}, {length}]",
-            )
 
 
 __all__ = ["Generation", "HeadscopeError", "Scope"]

@@ -22,6 +22,7 @@ from torch import nn
 from headscope.capture import portable
 from headscope.capture.hosts import Host, open_host
 from headscope.errors import CaptureError, StatisticError, refusal
+from headscope.inputs import model_inputs
 from headscope.statistics import HeadStatistics
 from headscope.statistics.accumulate import LayerAccumulator
 from headscope.statistics.partial import PartialStatistics
@@ -79,7 +80,7 @@ def trace_statistics(
             raise refusal(StatisticError, f"statistic {name!r} in a trace", "it needs q and k on this machine", f"ask for {known}")
     if request.keep is not None:
         raise refusal(StatisticError, "keep= in a trace", "q and k stay where the model runs", "use scope.capture on this machine")
-    inputs = scope._inputs(data, attention_mask, False, beyond_context)
+    inputs = model_inputs(scope, data, attention_mask, False, beyond_context)
     mask = inputs.get("attention_mask")
     valid = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
     ids = inputs.get("input_ids")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from headscope.statistics.request import StatisticsRequest
     from headscope.topology import Topology
 
+SAME_KEY = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""How far a key may be from what it was a step ago, relative to its length. A cache gives back the very key; a model that keeps latents and
+makes its keys of them anew at each step (DeepSeek) gives it back to rounding."""
 NOT_SIDE = {"class_mass", "segment_mass", "pairs"}
 """Defined by positions of the main sequence, so not measured in towers and encoders."""
 NOT_CROSS = NOT_SIDE | {"distance", "distance_sq", "waad", "local_mass", "sink_importance", "fai", "diagonal_sum"}
@@ -213,10 +216,9 @@ class Observer:
         place = call.query_offset - 1 - call.key_offset
         if before is not None and place >= 0:
             now = call.k[:, :, place]
-            if type(getattr(run.cache, "layers", [None])[-1]).__name__.endswith("QuantizedLayer"):
-                self._moved.append((now - before).norm() > 0.5 * before.norm())
-            else:
-                self._moved.append((now != before).any())
+            quantised = type(getattr(run.cache, "layers", [None])[-1]).__name__.endswith("QuantizedLayer")
+            limit = 0.5 if quantised else SAME_KEY.get(now.dtype, 2e-2)
+            self._moved.append(((now - before).flatten(1).norm(dim=1) > limit * before.flatten(1).norm(dim=1)).any())
         sequence.tails[call.module] = call.k[:, :, -1].detach().clone()
 
     def _note_tokens(self, sequence: Sequence, call: AttentionCall, state: ForwardState) -> None:

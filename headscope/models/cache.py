@@ -34,9 +34,9 @@ def cache_root() -> Path:
     """$HEADSCOPE_CACHE, or headscope's folder in the user's cache directory ($XDG_CACHE_HOME, ~/.cache)."""
     own = os.environ.get("HEADSCOPE_CACHE")
     if own:
-        return Path(own).expanduser()
+        return Path(own).expanduser().absolute()  # pip is run from another directory
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "headscope"
+    return (Path(shared).expanduser().absolute() if shared else Path.home() / ".cache") / "headscope"
 
 
 def models_root() -> Path:

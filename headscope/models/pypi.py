@@ -196,7 +196,7 @@ def run_pip(arguments: list[str], workspace: Path, expected_bytes: int) -> tuple
             stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, cwd=workspace, env=environment,
         )  # fmt: skip
         try:
-            with tqdm(total=expected_bytes, unit="B", unit_scale=True, desc="download", leave=False, file=sys.stderr) as bar:
+            with tqdm(total=expected_bytes, unit="B", unit_scale=True, desc="download", leave=False, file=sys.stderr, disable=None) as bar:
                 while child.poll() is None:
                     bar.update(min(_bytes_under(workspace), expected_bytes) - bar.n)
                     time.sleep(0.1)

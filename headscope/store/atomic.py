@@ -60,17 +60,32 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raises RunError when `target` may not be (re)placed. An objection is looked at again: another writer may just be replacing it."""
+    for wait in (0.01, 0.05, 0.0):
+        objection = _objection(target, overwrite)
+        if objection is None:
+            return
+        if not overwrite or not wait:
+            raise objection
+        time.sleep(wait)
+
+
+def _objection(target: Path, overwrite: bool) -> RunError | None:
     if not target.exists() and not target.is_symlink():
-        return
+        return None
     if not overwrite:
-        raise refusal(RunError, str(target), "it exists already", "choose another path, or pass overwrite=True")
-    if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not (target / "card.json").is_file()):
-        raise refusal(RunError, str(target), "it is not a run directory and will not be replaced", "choose another path")
-    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in CONTENT and not entry.name.startswith("."))
+        return refusal(RunError, str(target), "it exists already", "choose another path, or pass overwrite=True")
+    try:
+        names = {entry.name for entry in target.iterdir()} if target.is_dir() and not target.is_symlink() else None
+    except FileNotFoundError:  # gone since a moment ago
+        return None
+    if names is None or (names and CARD not in names):
+        return refusal(RunError, str(target), "it is not a run directory and will not be replaced", "choose another path")
+    foreign = sorted(name for name in names - CONTENT if not name.startswith("."))
     if foreign:
-        raise refusal(
-            RunError, str(target), f"it also holds {', '.join(foreign[:3])}, which would be lost", "move that away, or choose another path"
-        )
+        listed = ", ".join(foreign[:3])
+        return refusal(RunError, str(target), f"it also holds {listed}, which would be lost", "move that away, or choose another path")
+    return None
 
 
 def _move_into_place(partial: Path, target: Path, overwrite: bool) -> None:

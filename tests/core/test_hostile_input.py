@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 import headscope as hs
 from headscope.capture import seam
@@ -67,7 +67,6 @@ def test_attention_mask_of_one_sequence_needs_no_batch_dimension(scope):
         {"rows": torch.ones(5, dtype=torch.bool)},
         {"statistics": ["class_mass"], "labels": torch.zeros(20)},
         {"statistics": ["class_mass"], "labels": torch.zeros(0, dtype=torch.long)},
-        {"statistics": ["class_mass"], "labels": torch.zeros(5, dtype=torch.long)},
         {"statistics": ["class_mass"], "labels": torch.zeros(21, dtype=torch.long)},
         {"statistics": ["class_mass"], "labels": torch.zeros(3, 20, dtype=torch.long)},
         {"statistics": ["segment_mass"], "segments": torch.zeros(20)},
@@ -149,6 +148,36 @@ def test_chunked_attention_counts_rows_for_keys_that_a_decode_step_does_not_see(
     whole = scope.capture(steps.tokens, statistics=names, fai_band=(0, None))
     for name in names:
         assert steps[name][0] == pytest.approx(whole[name][0], abs=1e-5)
+
+
+def test_keys_made_anew_from_latents_at_each_step_are_the_same_keys():
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        first_k_dense_replace=2,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
+    model = DeepseekV3ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    scope = hs.Scope(model)
+    for prompt, chunk in ((2, 1), (11, 3), (17, 5)):
+        steps = scope.capture(IDS[:, :prompt], chunk=chunk, generate=6, statistics=["entropy"])
+        whole = scope.capture(steps.tokens, statistics=["entropy"])
+        assert steps["entropy"][1] == pytest.approx(whole["entropy"][1], abs=1e-4)
 
 
 # ---- run directories ------------------------------------------------------------------------------------------------
@@ -243,6 +272,17 @@ def test_a_card_nested_without_end_is_refused(profiled, tmp_path):
         hs.HeadProfile.load(run)
     assert files.sha256_of(run / "heads.parquet")
     shutil.rmtree(run)
+
+
+def test_a_relative_cache_directory_means_the_one_in_the_current_directory(tmp_path, monkeypatch):
+    from headscope.models import cache
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADSCOPE_CACHE", "models here")
+    assert cache.cache_root() == tmp_path / "models here"
+    monkeypatch.delenv("HEADSCOPE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "x")
+    assert cache.cache_root() == tmp_path / "x" / "headscope"
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

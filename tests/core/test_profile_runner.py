@@ -169,9 +169,9 @@ def test_several_texts_are_averaged(scope: Scope) -> None:
     random = build_texts(scope, "repeated_random", context=120, data=None, texts=2, seed=0, repeats=4, beyond_context=False)
     singles = [probes.PreviousToken().run(scope, text)["previous_token"].numpy() for text in natural]
     assert not np.allclose(singles[0], singles[1])
-    np.testing.assert_allclose(both.matrix("previous_token"), np.mean(singles, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(both.matrix("previous_token"), np.mean(singles, axis=0), rtol=1e-6)  # float32 statistics of separate passes
     singles = [probes.DuplicateToken().run(scope, text)["duplicate_token"].numpy() for text in random]
-    np.testing.assert_allclose(both.matrix("duplicate_token"), np.mean(singles, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(both.matrix("duplicate_token"), np.mean(singles, axis=0), rtol=1e-6)
     assert [row["sequences"] for row in both.card.data] == [2, 2]
 
 
