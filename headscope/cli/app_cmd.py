@@ -11,7 +11,7 @@ import typer
 def serve(
     runs: Annotated[Path, typer.Argument(help="A run directory, or a directory of run directories.")] = Path("runs"),
     host: Annotated[str, typer.Option(envvar="HOST", help="Address to listen on; anything but 127.0.0.1 needs --token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")] = 8050,
+    port: Annotated[int, typer.Option(envvar="PORT", min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8050,
     token: Annotated[str | None, typer.Option(envvar="HEADSCOPE_TOKEN", help="Secret that visitors from elsewhere must give.")] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:

@@ -20,7 +20,7 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Profile again although the run directory exists.")] = False,
     no_serve: Annotated[bool, typer.Option("--no-serve", envvar="NO_SERVE", help="Stop after printing; open no dashboard.")] = False,
     host: Annotated[str, typer.Option(envvar="HOST", help="Address the dashboard listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="PORT", help="Port the dashboard listens on.")] = 8050,
+    port: Annotated[int, typer.Option(envvar="PORT", min=0, max=65535, help="Port the dashboard listens on.")] = 8050,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON (implies --no-serve).")] = False,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct, profile its 270 heads on bundled text, print the top heads, open the dashboard."""

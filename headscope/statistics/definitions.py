@@ -53,7 +53,12 @@ _TABLE = (
     Definition("class_mass", "row_class", 1, "sum_{label(s) = c} A", "probability", "weight on the keys of each label", ("labels",)),
     Definition("column_sum", "column", 2, "sum_t A", "probability", "weight that a key receives from all rows that count"),
     Definition(
-        "sink_importance", "column", 2, "sum_t A / #{t >= s}", "probability", "mean weight that a key receives from itself and later rows"
+        "sink_importance",
+        "column",
+        2,
+        "sum_t A / #{t >= s}",
+        "probability",
+        "mean weight that a key receives from itself and later rows; bidirectional: from all rows",
     ),
     Definition(
         "fai",

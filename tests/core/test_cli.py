@@ -228,6 +228,13 @@ def test_unknown_metric_lists_the_known(headscope, run_directory):
     assert "entropy" in line
 
 
+@pytest.mark.parametrize("command", [("app", "{run}"), ("demo", "--no-serve")])
+def test_port_that_is_none(headscope, run_directory, command):
+    code, _, err = headscope(*(word.format(run=run_directory) for word in command), "--port", 99999)
+    assert code == 2
+    assert "65535" in err
+
+
 def test_version(headscope):
     import headscope as hs
 
