@@ -16,6 +16,7 @@ from .tiny_models import IDS, VOCABULARY, bart, compare, dense, eager_copy, ids,
 
 PARAMETERS = {"block": 16, "fai_band": (2, 5), "local_window": 4}
 LENGTH = 21
+GENERATED = [("none", 5, "dynamic"), ("left", 5, "dynamic"), ("none", 5, "static"), ("left", 5, "static")]
 ROWS = ("entropy", "row_max", "argmax", "sink_mass")
 
 
@@ -39,6 +40,16 @@ def dense_cross(a, row_mask, key_mask):
 
 def names(scope, kind):
     return [module.name for module in scope.topology.modules if module.layer is None and (module.kind == "cross") == (kind == "cross")]
+
+
+def captured(scope, inputs, count, cache):
+    """Statistics of the inputs and of `count` generated tokens, by `Scope.capture` or around the model's own generate() with a cache."""
+    if cache is None:
+        return scope.capture(inputs, generate=count, **PARAMETERS)
+    steps = count + 1  # the last token is never fed to the model
+    with torch.no_grad(), scope.observe(**PARAMETERS) as stats:
+        scope.model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, cache_implementation=cache)
+    return stats
 
 
 def check_both_stacks(scope, stats, out, mask, decoder_mask):
@@ -118,15 +129,18 @@ def test_speech_model_with_its_own_encoder():
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
-@pytest.mark.parametrize(("pad", "count"), [("none", None), ("left", None), ("right", None), ("none", 5), ("left", 5)])
-def test_llava(impl, pad, count):
+@pytest.mark.parametrize(
+    ("pad", "count", "cache"),
+    [("none", None, None), ("left", None, None), ("right", None, None), ("none", 5, None), ("left", 5, None), *GENERATED],
+)
+def test_llava(impl, pad, count, cache):
     model = make(llava, impl)
     scope = Scope(model)
     tokens, mask = ids(2, 30), padding(pad, 2, 30)
     tokens[:, 8:24] = 96
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": tokens, "pixel_values": pixels} | ({} if mask is None else {"attention_mask": mask})
-    stats = scope.capture(inputs, generate=count, **PARAMETERS)
+    stats = captured(scope, inputs, count, cache)
     extra = {}
     if count and mask is not None:
         mask = torch.cat([mask, torch.ones(2, count, dtype=mask.dtype)], 1)
@@ -165,8 +179,10 @@ def test_what_is_given_by_text_position_does_not_reach_the_tower():
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
-@pytest.mark.parametrize(("pad", "count"), [("none", None), ("left", None), ("none", 5), ("left", 5)])
-def test_qwen_vl_calls_attention_once_per_image_or_window(impl, pad, count, monkeypatch):
+@pytest.mark.parametrize(
+    ("pad", "count", "cache"), [("none", None, None), ("left", None, None), ("none", 5, None), ("left", 5, None), *GENERATED]
+)
+def test_qwen_vl_calls_attention_once_per_image_or_window(impl, pad, count, cache, monkeypatch):
     """One layer attends within windows of 16 patches, the other within images: block-diagonal matrices, laid end to end."""
     model = make(qwen_vl, impl)
     scope = Scope(model)
@@ -181,7 +197,7 @@ def test_qwen_vl_calls_attention_once_per_image_or_window(impl, pad, count, monk
         "image_grid_thw": torch.tensor([[1, 8, 8], [1, 4, 8]]),
         "mm_token_type_ids": (tokens == 96).int(),
     }
-    stats = scope.capture(inputs, generate=count, **PARAMETERS)
+    stats = captured(scope, inputs, count, cache)
     if count:
         mask = torch.cat([mask, torch.ones(2, count, dtype=mask.dtype)], 1)
     later = {"input_ids": stats.tokens, "attention_mask": mask, "mm_token_type_ids": (stats.tokens == 96).int()}
