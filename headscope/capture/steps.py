@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headscope.capture.calls import HostCall
     from headscope.capture.forward import ForwardState, ModuleRun
     from headscope.statistics import HeadStatistics, StatisticsRequest
+    from headscope.topology import Topology
 
 IMAGE, TEXT = 0, 1
 """Labels of `class_mass`."""
@@ -31,8 +32,8 @@ LABEL_NAMES = ("image", "text")
 class StepObserver(Observer):
     """Measures the calls of one block; `passes()` gives one StepStatistics per forward pass."""
 
-    def __init__(self, request: StatisticsRequest, topology: object, verify: bool = True) -> None:
-        super().__init__(request, topology, verify=verify)  # type: ignore[arg-type]
+    def __init__(self, request: StatisticsRequest, topology: Topology, verify: bool = True) -> None:
+        super().__init__(request, topology, verify=verify)
         self._steps: dict[int, Step] = {}
         self._own_labels = request.label_names == LABEL_NAMES and "class_mass" in request.names
         self._first: int | None = None
