@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headscope.probes import text
+from headscope.probes.active import ActiveProbe, Findings, Work
 from headscope.probes.base import Metric, Needs, Probe
 from headscope.probes.duplicate_token import DuplicateToken
 from headscope.probes.entropy import Entropy
@@ -12,7 +13,7 @@ from headscope.probes.locality import Locality
 from headscope.probes.previous_token import PreviousToken
 from headscope.probes.razor import Razor
 from headscope.probes.receiver import Receiver
-from headscope.probes.registry import PASSIVE, REGISTRY, resolve
+from headscope.probes.registry import ACTIVE, PASSIVE, REGISTRY, resolve
 from headscope.probes.sink import Sink
 from headscope.probes.sink_control import SinkControl
 from headscope.probes.streaming import Streaming
@@ -20,11 +21,14 @@ from headscope.probes.text import ProbeText
 from headscope.probes.waad import Waad
 
 __all__ = [
+    "ACTIVE",
     "PASSIVE",
     "REGISTRY",
+    "ActiveProbe",
     "DuplicateToken",
     "Entropy",
     "Fai",
+    "Findings",
     "Induction",
     "Locality",
     "Metric",
@@ -38,6 +42,7 @@ __all__ = [
     "SinkControl",
     "Streaming",
     "Waad",
+    "Work",
     "resolve",
     "text",
 ]

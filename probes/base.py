@@ -1,5 +1,8 @@
 """Probe: one method that says what a head does, as one small frozen dataclass.
 
+There are two sorts, with one description (`Described`). A passive probe (`Probe`, here) never runs the model; an active one (`ActiveProbe`,
+active.py) runs it itself: it generates, ablates, patches or optimises.
+
 A passive probe never runs the model. It says which kind of text it wants (`data`) and which statistics of it (`needs`), and turns them into
 one number per head (`score`). The runner builds the texts, merges what the probes of a text need into one request, and runs one forward
 pass, so the twelfth passive probe costs next to nothing. Where two probes want different values of one parameter the runner makes a second
@@ -8,10 +11,11 @@ pass; it never lets one of them silently have the other's value.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -29,17 +33,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One number per head. `higher_is` says in words what a large value means; `range` is (lowest, highest), None where there is no
-    bound.
+    bound. `per`: what the number belongs to; one of a key head or of a layer stands at every head that shares it.
     """
 
     name: str
     unit: str
     higher_is: str
-    range: tuple[float, float | None] = (0.0, 1.0)
+    range: tuple[float | None, float | None] = (0.0, 1.0)
+    per: Literal["head", "kv_head", "layer"] = "head"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {"name": self.name, "unit": self.unit, "higher_is": self.higher_is, "range": list(self.range)}
+        return {"name": self.name, "unit": self.unit, "higher_is": self.higher_is, "range": list(self.range), "per": self.per}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,19 +60,54 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Probe(ABC):
-    """Base of the passive probes.
-
-    Class attributes: `name`; `metrics`; `data`, the kind of text; `requires`, of "statistics", "pairs", "segments", "causal"; `cost` in
-    words; `source`: paper, arXiv id, official code. Instance fields are the method's parameters and go into the run card.
+class Described(ABC):
+    """What every probe says of itself: `name`; `metrics`; `data`, the kind of data it reads; `requires`; `cost` in words; `source`: paper,
+    arXiv id, official code. Instance fields are the method's parameters and go into the run card.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
+    data: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters, for the run card."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def numbers(self, scores: dict[str, Tensor]) -> dict[str, float]:
+        """Numbers about the whole model, for the run card; most probes have none."""
+        return {}
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """This probe as plain data, for lists and pages."""
+        doc = (cls.__doc__ or "").strip()
+        return {
+            "name": cls.name,
+            "title": doc.split("\n\n")[0].replace("\n    ", " "),
+            "page": inspect.cleandoc(cls.__doc__ or ""),
+            "metrics": [metric.to_dict() for metric in cls.metrics],
+            "data": cls.data,
+            "requires": list(cls.requires),
+            "parameters": {item.name: _default(item) for item in fields(cls)},
+            "cost": cls.cost,
+            "source": cls.source,
+        }
+
+
+def _default(item: Any) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else None if item.default is MISSING else item.default
+
+
+@dataclass(frozen=True)
+class Probe(Described):
+    """Base of the passive probes. `data` is a kind of text; `requires`: of "statistics", "pairs", "segments", "causal"."""
+
     data: ClassVar[TextKind]
     requires: ClassVar[tuple[str, ...]] = ("statistics",)
     cost: ClassVar[str] = "shares the forward pass of its text"
-    source: ClassVar[str]
 
     @abstractmethod
     def needs(self, text: ProbeText, topology: Topology) -> Needs:
@@ -80,10 +120,6 @@ class Probe(ABC):
     def minimum(self) -> int:
         """The fewest tokens of text with which the numbers mean anything."""
         return 2
-
-    def numbers(self, scores: dict[str, Tensor]) -> dict[str, float]:
-        """Numbers about the whole model, for the run card; most probes have none."""
-        return {}
 
     def check(self, text: ProbeText, topology: Topology) -> None:
         """Raises ProbeError when this probe cannot say anything about this text or model."""
@@ -111,10 +147,6 @@ class Probe(ABC):
                 "pass text to a Scope with a tokenizer, or ProbeText.natural(ids, segments=...)",
             )
 
-    def parameters(self) -> dict[str, Any]:
-        """The method's parameters, for the run card."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
-
     def run(self, scope: Any, data: Any = None, **options: Any) -> ProbeResult:
         """This probe alone. `data`: a ProbeText or several, or what `headscope.profile.profile` takes; `options` as there (context, texts,
         seed, ...).
@@ -122,21 +154,6 @@ class Probe(ABC):
         from headscope.profile.runner import run_probe
 
         return run_probe(self, scope, data, **options)
-
-    @classmethod
-    def describe(cls) -> dict[str, Any]:
-        """This probe as plain data, for lists and pages."""
-        doc = (cls.__doc__ or "").strip()
-        return {
-            "name": cls.name,
-            "title": doc.split("\n\n")[0].replace("\n    ", " "),
-            "metrics": [metric.to_dict() for metric in cls.metrics],
-            "data": cls.data,
-            "requires": list(cls.requires),
-            "parameters": {item.name: item.default for item in fields(cls)},
-            "cost": cls.cost,
-            "source": cls.source,
-        }
 
 
 def stack(rows: Iterable[Tensor]) -> Tensor:

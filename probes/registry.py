@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from headscope.errors import ProbeError, refusal, unknown_name
-from headscope.probes.base import Probe
+from headscope.probes.active import ActiveProbe, AnyProbe
+from headscope.probes.base import Described, Probe
 from headscope.probes.duplicate_token import DuplicateToken
 from headscope.probes.entropy import Entropy
 from headscope.probes.fai import Fai
@@ -19,13 +20,13 @@ from headscope.probes.sink_control import SinkControl
 from headscope.probes.streaming import Streaming
 from headscope.probes.waad import Waad
 
-ProbeLike = str | Probe | type[Probe]
+ProbeLike = str | AnyProbe | type[AnyProbe]
 """A probe by name, as a class, or as an instance with its own parameters."""
 
 
-def register(*classes: type[Probe]) -> dict[str, type[Probe]]:
+def register(*classes: type[AnyProbe]) -> dict[str, type[AnyProbe]]:
     """Probe classes by name; raises ProbeError when a probe or a metric comes twice, since one would silently replace the other."""
-    found: dict[str, type[Probe]] = {}
+    found: dict[str, type[AnyProbe]] = {}
     metrics: dict[str, str] = {}
     for cls in classes:
         if cls.name in found:
@@ -59,27 +60,38 @@ REGISTRY = register(
 )
 """Every probe, in the order in which their metrics stand in a profile."""
 
-PASSIVE = tuple(REGISTRY)
-"""The probes that need nothing but forward passes over texts; today all of them."""
+PASSIVE = tuple(name for name, cls in REGISTRY.items() if issubclass(cls, Probe))
+"""The probes that need nothing but forward passes over texts."""
+
+ACTIVE = tuple(name for name, cls in REGISTRY.items() if issubclass(cls, ActiveProbe))
+"""The probes that run the model themselves."""
+
+GROUPS = {"passive": PASSIVE, "active": ACTIVE, "all": tuple(REGISTRY)}
 
 
-def resolve(probes: str | ProbeLike | Iterable[ProbeLike]) -> list[Probe]:
-    """Instances from "passive", "all", a name, or a list of names, classes and instances. Raises ProbeError for a name that does not
+def named(probes: str | ProbeLike | Iterable[ProbeLike]) -> set[str]:
+    """Names of the probes that were asked for one by one, not by a group."""
+    listed = [probes] if isinstance(probes, (str, Described, type)) else list(probes)
+    return {one.name if isinstance(one, Described) or not isinstance(one, str) else one for one in listed} - set(GROUPS)
+
+
+def resolve(probes: str | ProbeLike | Iterable[ProbeLike]) -> list[AnyProbe]:
+    """Instances from "passive", "active", "all", a name, or a list of names, classes and instances. ProbeError for a name that does not
     exist.
     """
-    if isinstance(probes, (str, Probe, type)):
+    if isinstance(probes, (str, Described, type)):
         probes = [probes]
-    out: list[Probe] = []
+    out: list[AnyProbe] = []
     for item in probes:
-        if isinstance(item, str) and item in {"passive", "all"}:
-            out += [REGISTRY[name]() for name in (PASSIVE if item == "passive" else REGISTRY)]
+        if isinstance(item, str) and item in GROUPS:
+            out += [REGISTRY[name]() for name in GROUPS[item]]
         elif isinstance(item, str):
             if item not in REGISTRY:
-                raise unknown_name(ProbeError, "probe", item, (*REGISTRY, "passive", "all"))
+                raise unknown_name(ProbeError, "probe", item, (*REGISTRY, *GROUPS))
             out.append(REGISTRY[item]())
-        elif isinstance(item, Probe):
+        elif isinstance(item, (Probe, ActiveProbe)):
             out.append(item)
-        elif isinstance(item, type) and issubclass(item, Probe):
+        elif isinstance(item, type) and issubclass(item, (Probe, ActiveProbe)):
             out.append(item())
         else:
             raise refusal(

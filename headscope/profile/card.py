@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, type] = {
     "model": dict, "data": list, "probes": list, "metrics": dict, "numbers": dict, "attention_kernels": list, "parameters": dict,
-    "seeds": dict, "versions": dict, "machine": dict, "seconds": dict,
+    "seeds": dict, "versions": dict, "machine": dict, "seconds": dict, "notes": list, "left_out": dict,
 }  # fmt: skip
 MODEL_FACTS = {"name", "class", "layers", "heads", "kv_heads", "head_dim", "parameters", "dtype", "device"}
 DATA_FACTS = {"name", "kind", "sha256", "sequences", "tokens"}
@@ -36,6 +36,7 @@ class RunCard:
     - `probes`: name, parameters, source of each. `metrics`: per metric its probe, unit, what a large value means, range, kind of text.
     - `numbers`: about the whole model, such as the share of sink heads. `parameters` of the statistics and texts; `seeds` of random texts.
     - `attention_kernels`: the model's attention implementations that really ran; `statistics_kernel`: what measured.
+    - `notes`: what a reader of the active probes' numbers must know. `left_out`: probe -> why it says nothing about this model.
     - `versions`, `machine`, `seconds`: software, hardware, time per step. `files`: filled in when the run is saved.
     """
 
@@ -55,6 +56,8 @@ class RunCard:
     created: str = ""
     schema_version: int = SCHEMA_VERSION
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -99,6 +102,8 @@ class RunCard:
         )
         if self.numbers:
             out.append("numbers " + ", ".join(f"{name} {value:.3f}" for name, value in self.numbers.items()))
+        out += [f"note    {note}" for note in self.notes]
+        out += [f"without {name}: {why}" for name, why in self.left_out.items()]
         return out
 
     def __repr__(self) -> str:

@@ -24,10 +24,20 @@ class HeadProfile:
 
     - `table`: pandas, columns layer, head, kv_head, module, kind, one float64 column per metric, `roles` (list), `reasons` (dict
       role -> why).
+    - `tables`: what active probes found that is no number per head, "probe.name" -> data frame.
     - `card`: the RunCard. `tokens`, `statistics`, `statistic(...)`, `maps`, `map(...)`: the shown text, as in `headscope.store.Run`.
     """
 
-    def __init__(self, table: pd.DataFrame, card: RunCard, content: RunContent | Run | None = None, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        card: RunCard,
+        content: RunContent | Run | None = None,
+        path: Path | None = None,
+        *,
+        tables: dict[str, pd.DataFrame] | None = None,
+    ) -> None:
+        self.tables = {} if tables is None else tables
         self.table = table
         self.card = card
         self.path = path
@@ -44,10 +54,7 @@ class HeadProfile:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes a run directory, whole or not at all, and returns its path. RunError when it exists and `overwrite` is false."""
-        content = self._content
-        if isinstance(content, Run):
-            content = _in_memory(content)
-        self.path = write_run(path, self.card.to_dict(), self.table, content, overwrite=overwrite)
+        self.path = write_run(path, self.card.to_dict(), self.table, self._content, overwrite=overwrite)
         return self.path
 
     @property
@@ -151,6 +158,19 @@ class HeadProfile:
         """[n, n] float32: one head's block map, plane "block_mass" or "block_max"."""
         return self._kept().map(plane, layer, head, level)
 
+    def tile(self, plane: str, level: int, layer: int, head: int, i: int, j: int) -> np.ndarray:
+        """[rows, columns] float32: tile row `i`, tile column `j` of a head's map, 256 cells a side except at the edges."""
+        return self._kept().tile(plane, level, layer, head, i, j)
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Layers whose q and k were kept (`profile(keep=...)`), so that `window` can recompute them."""
+        return () if self._content is None else self._content.kept_layers
+
+    def window(self, layer: int, head: int, q0: int, q1: int, k0: int, k1: int) -> np.ndarray:
+        """[q1 - q0, k1 - k0] float32: exact weights of queries q0..q1-1 on keys k0..k1-1. RunError where q and k were not kept."""
+        return self._kept().window(layer, head, q0, q1, k0, k1)
+
     def plot(self, metric: str | None = None, *, mark: str | None = None) -> go.Figure:
         """Heat map of a metric over layers and heads; `mark` outlines the heads of a role. See `headscope.profile.plot`."""
         from headscope.profile.plot import heat_map
@@ -187,17 +207,3 @@ class HeadProfile:
         from headscope.profile.html import profile_html
 
         return {"text/plain": repr(self), "text/html": profile_html(self)}
-
-
-def _in_memory(run: Run) -> RunContent:
-    """Everything of a run on disk, so that it can be written elsewhere."""
-    content = RunContent(run.layers, run.tokens, {name: run.statistic(name) for name in run.statistics})
-    info = run.maps
-    if info is not None:
-        content.maps = info
-        for plane in info.planes:
-            content.pyramids[plane] = [
-                np.stack([np.stack([run.map(plane, layer, head, level) for head in range(run.heads_per_layer)]) for layer in run.layers])
-                for level in range(len(info.sizes))
-            ]
-    return content

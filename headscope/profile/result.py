@@ -11,19 +11,24 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from headscope.probes import Probe, ProbeText
+    from headscope.probes import ProbeText
+    from headscope.probes.active import AnyProbe
     from headscope.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeResult:
-    """Scores of one probe: `scores` metric -> [L, H] float64, the mean over `texts`; `numbers` about the whole model."""
+    """Scores of one probe: `scores` metric -> [L, H] float64, the mean over `texts` or trials; `numbers` about the whole model; `tables`:
+    what is no number per head; `notes`: what a reader must know.
+    """
 
-    probe: Probe
+    probe: AnyProbe
     scores: dict[str, Tensor]
     topology: Topology
     texts: tuple[ProbeText, ...]
     numbers: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, metric: str) -> Tensor:
         """[L, H] of a metric."""

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +15,13 @@ from tqdm.auto import tqdm
 
 from headscope.errors import ModelError, ProbeError, refusal
 from headscope.probes import Needs, Probe, ProbeText, resolve
+from headscope.probes.active import ActiveProbe, AnyProbe
+from headscope.probes.registry import named
 from headscope.probes.text import REPEATS, TextKind
+from headscope.profile.active import measure_active
 from headscope.profile.card import RunCard, machine_facts, model_facts, now, version_facts
 from headscope.profile.head_profile import HeadProfile
+from headscope.profile.journal import Journal
 from headscope.profile.passes import Pass, plan_passes
 from headscope.profile.result import ProbeResult, head_table
 from headscope.profile.roles import assign_roles
@@ -69,10 +74,12 @@ def profile(
     block: int | None = None,
     beyond_context: bool = False,
     progress: bool | None = None,
+    journal: Journal | str | Path | None = None,
 ) -> HeadProfile:
     """Profiles every head of the main stack.
 
-    - `probes`: "passive", "all", a name, or a list of names, classes and instances.
+    - `probes`: "passive", "active", "all", a name, or a list of names, classes and instances. An active probe that came with a group and
+      cannot say anything about this model is left out, with its reason in the card; one that was named is refused.
     - `context`: tokens per natural text; None takes 2,048 or the model's length, whichever is less. Repeated random text has R blocks of
       context / (R + 1) tokens.
     - `data`: natural text to use in place of the bundled essays: a .txt or .jsonl path, text, a list of texts, or token ids.
@@ -81,11 +88,14 @@ def profile(
       map's cell; None takes what gives 128 cells a side.
     - `beyond_context`: allow a context longer than the model was made for.
     - `progress`: a bar on stderr; None shows it on a terminal only.
+    - `journal`: a folder where active probes keep finished trials, so that a run that was killed goes on where it stopped.
 
     Raises ProbeError, DataError or CaptureError when a probe, a text or the model cannot be used; nothing is measured halfway.
     """
     started = time.perf_counter()
-    chosen = resolve(probes)
+    asked = resolve(probes)
+    chosen = [probe for probe in asked if isinstance(probe, Probe)]
+    acting = [probe for probe in asked if isinstance(probe, ActiveProbe)]
     if not scope.topology.main:
         raise refusal(ModelError, f"{scope.topology.model_class}", "it has no attention layers in a main stack", "pass a transformer")
     if context is None:
@@ -95,18 +105,29 @@ def profile(
         kind: build_texts(scope, kind, context=context, data=data, texts=texts, seed=seed, repeats=repeats, beyond_context=beyond_context)
         for kind in kinds
     }
-    shown = built[kinds[0]][0]
-    size = block or block_size(len(shown))
+    shown = built[kinds[0]][0] if kinds else None
+    size = block or block_size(len(shown) if shown is not None else context)
     base = _shown_needs(maps, keep_statistics, size)
     found = measure(
         scope, chosen, built, shown=shown if base is not None else None, base=base, beyond_context=beyond_context, progress=progress
     )
+    acted = measure_active(scope, acting, named=named(probes), context=context, seed=seed, progress=progress, journal=journal)
+    if not found.scores and not acted.scores:
+        why = "; ".join(f"{name}: {reason}" for name, reason in acted.left_out.items())
+        raise refusal(ProbeError, f"probes {probes!r} on {scope.name}", f"none of them could say anything ({why})", "name other probes")
+    found.scores.update(acted.scores)
+    found.numbers.update(acted.numbers)
+    found.seconds.update(acted.seconds)
 
     table = head_table(scope.topology, found.scores)
     table["roles"], table["reasons"] = assign_roles(table)
     content = _content(scope, found, maps, keep_statistics, size)
     found.seconds["total"] = time.perf_counter() - started
-    return HeadProfile(canonical_heads(table), _card(scope, chosen, found, context, texts, seed, repeats, size), content)
+    told = [probe for probe in asked if probe.name not in acted.left_out]
+    card = _card(scope, told, found, context, texts, seed, repeats, size)
+    card.data += acted.data
+    card.notes, card.left_out = acted.notes, acted.left_out
+    return HeadProfile(canonical_heads(table), card, content, tables=acted.tables)
 
 
 def run_probe(
@@ -244,7 +265,7 @@ def _pieces(scope: Scope, text: ProbeText) -> tuple[str, ...]:
     return tuple(str(number) for number in ids) if tokenizer is None else token_pieces(tokenizer, ids)
 
 
-def _card(scope: Scope, probes: list[Probe], found: Measured, context: int, texts: int, seed: int, repeats: int, block: int) -> RunCard:
+def _card(scope: Scope, probes: list[AnyProbe], found: Measured, context: int, texts: int, seed: int, repeats: int, block: int) -> RunCard:
     from headscope import __version__
 
     parameters: dict[str, Any] = {"context": context, "texts": texts, "repeats": repeats, "map_block": block}
@@ -263,6 +284,7 @@ def _card(scope: Scope, probes: list[Probe], found: Measured, context: int, text
             "unit": metric.unit,
             "higher_is": metric.higher_is,
             "range": list(metric.range),
+            "per": metric.per,
             "data": probe.data,
         }
         for probe in probes

@@ -7,7 +7,7 @@ import torch
 
 from headscope import probes
 from headscope.errors import HeadscopeError, ProbeError
-from headscope.probes import REGISTRY, Fai, Locality, Needs, Probe, ProbeText, Sink, Streaming, Waad, resolve
+from headscope.probes import REGISTRY, ActiveProbe, Fai, Locality, Needs, Probe, ProbeText, Sink, Streaming, Waad, resolve
 from headscope.probes.registry import register
 from headscope.profile.passes import plan_passes
 from headscope.statistics import StatisticsRequest
@@ -35,18 +35,19 @@ def test_every_probe_describes_itself() -> None:
         about = cls.describe()
         assert about["name"] == name
         assert about["metrics"]
-        assert about["data"] in kinds
+        assert about["data"] in kinds if issubclass(cls, Probe) else about["data"]
         assert "arXiv:" in about["source"]
         assert about["title"]
         assert "Departures:" in (cls.__doc__ or "")
         assert getattr(probes, cls.__name__) is cls
         for metric in about["metrics"]:
-            assert set(metric) == {"name", "unit", "higher_is", "range"}
+            assert set(metric) == {"name", "unit", "higher_is", "range", "per"}
     assert sorted(probes.__all__) == sorted(set(probes.__all__))
 
 
 def test_resolve() -> None:
-    assert [probe.name for probe in resolve("passive")] == list(REGISTRY)
+    assert [probe.name for probe in resolve("passive")] == [name for name, cls in REGISTRY.items() if issubclass(cls, Probe)]
+    assert [probe.name for probe in resolve("active")] == [name for name, cls in REGISTRY.items() if issubclass(cls, ActiveProbe)]
     assert [probe.name for probe in resolve("all")] == list(REGISTRY)
     assert resolve("sink") == [Sink()]
     assert resolve(["sink", Waad, Fai(5, 9), "sink"]) == [Sink(), Waad(), Fai(5, 9)]
@@ -56,7 +57,7 @@ def test_resolve() -> None:
     ("asked", "words"),
     [
         ("snik", "did you mean sink"),
-        (["sink", "nope"], "known: all, duplicate_token"),
+        (["sink", "nope"], "known: active, all"),
         ([], "empty list"),
         ([Sink(), Sink(position=1)], "probe 'sink' twice"),
         ([3], "neither a name"),
