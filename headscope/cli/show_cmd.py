@@ -18,6 +18,8 @@ def show(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     top: Annotated[int, typer.Option(help="Heads per role.")] = 10,
     metric: Annotated[str | None, typer.Option(help="Rank by this metric instead of by roles.")] = None,
+    kinds: Annotated[bool, typer.Option("--kinds", help="One kind per head, by the trained classifier, instead of roles.")] = False,
+    clusters: Annotated[bool, typer.Option("--clusters", help="Groups of heads that are alike, instead of roles.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Print what a run found: its card, and the top heads of each role or of one metric."""
@@ -25,6 +27,9 @@ def show(
 
     check_top(top)
     profile = hs.HeadProfile.load(run)
+    if kinds or clusters:
+        _sorts(profile, run, top, clusters, as_json)
+        return
     if metric is not None:
         ranked = profile.rank(metric, top)
         rows = [{"layer": layer, "head": head, metric: profile.value(layer, head, metric)} for layer, head in ranked]
@@ -38,6 +43,40 @@ def show(
         emit_json({"run": str(run), **summary(profile, top)})
     else:
         print_profile(profile, top)
+
+
+def _sorts(profile: HeadProfile, run: Path, top: int, clusters: bool, as_json: bool) -> None:
+    """Kinds by the classifier, or clusters."""
+    if clusters:
+        found = profile.clusters()
+        rows = [
+            {"cluster": int(row.cluster), "heads": int(row.heads), "nearest": list(row.nearest), "why": str(row.why)}
+            for row in found.table.itertuples()
+        ]
+        if as_json:
+            emit_json({"run": str(run), "silhouette": found.silhouette, "grouped": found.grouped, "clusters": rows})
+            return
+        print_card(profile)
+        words = "" if found.grouped else ", no clear groups"
+        cells = [(row.cluster, row.heads, f"{row.nearest[0]}.{row.nearest[1]}", row.why) for row in found.table.itertuples()]
+        table(
+            f"clusters (silhouette {found.silhouette:.2f}{words})",
+            ["cluster", "heads", "most typical", "far from the mean in"],
+            cells,
+            ["heads"],
+        )
+        return
+    frame = profile.kinds().sort_values("probability", ascending=False, kind="stable")
+    groups = dict(sorted(((str(kind), part) for kind, part in frame.groupby("kind")), key=lambda one: -len(one[1])))
+    if as_json:
+        emit_json({"run": str(run), "kinds": {kind: part.to_dict("records") for kind, part in groups.items()}})
+        return
+    print_card(profile)
+    cells = [
+        (kind, len(part), ", ".join(f"{row.layer}.{row.head}" for row in part.head(top).itertuples()), str(part["why"].iloc[0]))
+        for kind, part in groups.items()
+    ]
+    table("heads by kind (classifier, surest first)", ["kind", "heads", f"top {top}", "why the first"], cells, ["heads"])
 
 
 def check_top(top: int) -> None:

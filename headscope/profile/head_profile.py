@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from headscope.profile.clusters import HeadClusters
+
 
 class HeadProfile:
     """One row per (layer, head).
@@ -50,11 +52,11 @@ class HeadProfile:
         code.
         """
         run = open_run(path)
-        return cls(run.heads, run.card, run, run.path)
+        return cls(run.heads, run.card, run, run.path, tables=run.tables)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes a run directory, whole or not at all, and returns its path. RunError when it exists and `overwrite` is false."""
-        self.path = write_run(path, self.card.to_dict(), self.table, self._content, overwrite=overwrite)
+        self.path = write_run(path, self.card.to_dict(), self.table, self._content, tables=self.tables, overwrite=overwrite)
         return self.path
 
     @property
@@ -170,6 +172,18 @@ class HeadProfile:
     def window(self, layer: int, head: int, q0: int, q1: int, k0: int, k1: int) -> np.ndarray:
         """[q1 - q0, k1 - k0] float32: exact weights of queries q0..q1-1 on keys k0..k1-1. RunError where q and k were not kept."""
         return self._kept().window(layer, head, q0, q1, k0, k1)
+
+    def kinds(self) -> pd.DataFrame:
+        """What sort of head each head is, by a trained classifier: see `headscope.profile.kinds`."""
+        from headscope.profile.kinds import kinds
+
+        return kinds(self)
+
+    def clusters(self, n: int | None = None, *, seed: int = 0) -> HeadClusters:
+        """Which heads are alike: see `headscope.profile.clusters`."""
+        from headscope.profile.clusters import clusters
+
+        return clusters(self, n, seed=seed)
 
     def plot(self, metric: str | None = None, *, mark: str | None = None) -> go.Figure:
         """Heat map of a metric over layers and heads; `mark` outlines the heads of a role. See `headscope.profile.plot`."""
