@@ -8,6 +8,7 @@
     ├── StatisticError        an unknown statistic, or one asked for without what it needs
     ├── ProbeError            an unknown probe, or one whose requirements are not met
     ├── InterventionError     an edit that cannot be made
+    ├── PlanError             a sparse plan that cannot be run, or not on this model
     ├── RunError              a run directory that is missing, damaged or newer than this code
     └── UnavailableError      an optional package or device that is not there
 
@@ -56,6 +57,10 @@ class InterventionError(HeadscopeError):
 
 class RunError(HeadscopeError):
     """A run directory that is missing, damaged, or written by newer code."""
+
+
+class PlanError(HeadscopeError):
+    """A sparse plan or pattern that says nothing a kernel could run, or that belongs to another model."""
 
 
 class UnavailableError(HeadscopeError):

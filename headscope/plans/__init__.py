@@ -1,0 +1,45 @@
+"""Sparse plans: what every head may skip.
+
+patterns   which keys a head sees (static rules and rules that choose per input)
+plan       SparsePlan: one pattern per head of one model, with its costs, as JSON
+schema     the file format
+"""
+
+from __future__ import annotations
+
+from headscope.plans.patterns import (
+    PATTERNS,
+    Blocks,
+    Budget,
+    Dense,
+    Lines,
+    Pattern,
+    Power,
+    Span,
+    Streaming,
+    Strided,
+    TopBlocks,
+    TopKeys,
+    VerticalSlash,
+)
+from headscope.plans.plan import PlanModel, SparsePlan
+from headscope.plans.schema import JSON_SCHEMA
+
+__all__ = [
+    "JSON_SCHEMA",
+    "PATTERNS",
+    "Blocks",
+    "Budget",
+    "Dense",
+    "Lines",
+    "Pattern",
+    "PlanModel",
+    "Power",
+    "Span",
+    "SparsePlan",
+    "Streaming",
+    "Strided",
+    "TopBlocks",
+    "TopKeys",
+    "VerticalSlash",
+]

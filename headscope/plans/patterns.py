@@ -1,0 +1,466 @@
+"""Patterns: which keys a query head may still see.
+
+A pattern is a small frozen value. A static one is a rule on positions alone: `visible(rows, keys)` says it for any rows and keys, which is
+the specification that kernels, masks and densities are tested against. A dynamic one depends on the input; it names how its indices are
+built (`rule`) and how many it keeps, and its density is an expectation that the plan can state, while its mask exists per input only.
+
+Windows are stated once and for all: `window` w keeps the keys t - w + 1 .. t, the row's own included; `sink` k keeps the keys 0 .. k - 1.
+Exporters convert to what another engine means by the same words. Every pattern keeps each row's own key, so that no row is ever empty; a
+softmax over nothing is the NaN that sparse kernels are known for.
+
+Positions are of the sequence without padding, 0 for its first token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from headscope.errors import PlanError, refusal, unknown_name
+
+BLOCK = 128
+"""Tokens a side of a tile, where a pattern or an engine counts in tiles."""
+
+
+@dataclass(frozen=True)
+class Pattern(ABC):
+    """Base of the patterns. `kind` is the name in JSON; `static` says whether the kept keys depend on positions alone."""
+
+    kind: ClassVar[str]
+    static: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:  # noqa: B027 - a pattern without parameters has nothing to check
+        """Raises PlanError for values that describe no pattern."""
+
+    @abstractmethod
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """rows [R], keys [K] int64 positions -> [R, K] bool, before causality. Dynamic patterns raise PlanError."""
+
+    @abstractmethod
+    def kept(self, length: int) -> float:
+        """Expected number of (row, key) entries that are computed in causal attention over `length` tokens."""
+
+    @abstractmethod
+    def cached(self, length: int) -> float:
+        """Keys of one head that must stay in the cache after `length` tokens, for decoding to go on."""
+
+    def density(self, length: int) -> float:
+        """Kept share of the causal entries, 0 .. 1."""
+        return self.kept(length) / (length * (length + 1) / 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, `kind` first."""
+        return {"kind": self.kind, **asdict(self)}
+
+    def _whole(self, lowest: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise refusal(PlanError, f"{self.kind} with {name}={value!r}", f"it counts tokens and is {lowest} or more", "correct it")
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Every key: attention as the model was trained."""
+
+    kind = "dense"
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """All true."""
+        return torch.ones(len(rows), len(keys), dtype=torch.bool)
+
+    def kept(self, length: int) -> float:
+        return length * (length + 1) / 2
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+@dataclass(frozen=True)
+class Streaming(Pattern):
+    """The first `sink` keys and the last `window` ones (StreamingLLM, arXiv:2309.17453; DuoAttention's streaming heads).
+
+    With `compensate`, the keys dropped between them are one key more, their mean, that counts as many times as there are of them, with the
+    mean of their values (RazorAttention, arXiv:2407.15891).
+    """
+
+    sink: int
+    window: int
+    compensate: bool = False
+    kind = "streaming"
+
+    def check(self) -> None:
+        self._whole(0, "sink")
+        self._whole(1, "window")
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """s < sink or t - s < window."""
+        return (keys < self.sink)[None, :] | (rows[:, None] - keys[None, :] < self.window)
+
+    def kept(self, length: int) -> float:
+        full = min(length, self.sink + self.window)
+        return full * (full + 1) / 2 + (length - full) * (self.sink + self.window)
+
+    def cached(self, length: int) -> float:
+        return min(length, self.sink + self.window)
+
+
+@dataclass(frozen=True)
+class Span(Pattern):
+    """A window that grows with the text, alpha + beta * N keys, beside `sink` first ones (MoA's elastic spans, arXiv:2406.14909). N is the
+    length of the whole text, so that every row has the same window.
+    """
+
+    alpha: float
+    beta: float
+    sink: int = 64
+    kind = "span"
+
+    def check(self) -> None:
+        self._whole(0, "sink")
+        if self.beta < 0 or self.beta > 1 or self.alpha + self.beta * 1e9 < 1:
+            raise refusal(
+                PlanError, f"span alpha={self.alpha} beta={self.beta}", "its window would be empty", "use 0 <= beta <= 1, alpha >= 1 - beta"
+            )
+
+    def at(self, length: int) -> Streaming:
+        """The window at one length; at least 1."""
+        return Streaming(self.sink, max(1, min(length, int(self.alpha + self.beta * length))))
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """As `at(length).visible`, where the last row is the end of the text."""
+        return self.at(int(rows.max()) + 1 if len(rows) else 1).visible(rows, keys)
+
+    def kept(self, length: int) -> float:
+        return self.at(length).kept(length)
+
+    def cached(self, length: int) -> float:
+        return self.at(length).cached(length)
+
+
+@dataclass(frozen=True)
+class Strided(Pattern):
+    """The last `window` keys and every `stride`-th tile of `block` tokens before, beginning at tile `offset`; heads with different offsets
+    share out the text between them (S2-Attention, arXiv:2407.17678).
+    """
+
+    window: int
+    stride: int
+    offset: int = 0
+    block: int = BLOCK
+    sink: int = 0
+    kind = "strided"
+
+    def check(self) -> None:
+        self._whole(1, "window", "stride", "block")
+        self._whole(0, "offset", "sink")
+        if self.offset >= self.stride:
+            raise refusal(
+                PlanError, f"strided offset={self.offset}", f"tiles are counted modulo stride={self.stride}", "use a smaller offset"
+            )
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """t - s < window, or s < sink, or tile(s) mod stride == offset."""
+        always = (keys < self.sink) | ((keys // self.block) % self.stride == self.offset)
+        return always[None, :] | (rows[:, None] - keys[None, :] < self.window)
+
+    def kept(self, length: int) -> float:
+        return _count(self, length)
+
+    def cached(self, length: int) -> float:
+        keys = torch.arange(length)
+        return float(self.visible(torch.tensor([max(0, length - 1)]), keys).sum())
+
+
+@dataclass(frozen=True)
+class Power(Pattern):
+    """The last `window` keys and the tiles whose distance in tiles is a power of two (PowerAttention, arXiv:2503.03588): d layers see 2^d
+    tiles back.
+    """
+
+    window: int
+    block: int = BLOCK
+    sink: int = 0
+    kind = "power"
+
+    def check(self) -> None:
+        self._whole(1, "window", "block")
+        self._whole(0, "sink")
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """t - s < window, or s < sink, or tile(t) - tile(s) in {1, 2, 4, ...}."""
+        gap = rows[:, None] // self.block - keys[None, :] // self.block
+        power = (gap > 0) & ((gap & (gap - 1)) == 0)
+        return power | (keys < self.sink)[None, :] | (rows[:, None] - keys[None, :] < self.window)
+
+    def kept(self, length: int) -> float:
+        return _count(self, length)
+
+    def cached(self, length: int) -> float:
+        return length  # which tile is at a power of two changes with every tile, so all must stay
+
+
+@dataclass(frozen=True)
+class Lines(Pattern):
+    """Fixed columns and fixed diagonals: keys at `columns`, and keys `diagonals` tokens back; the row's own key always."""
+
+    columns: tuple[int, ...] = ()
+    diagonals: tuple[int, ...] = (0,)
+    kind = "lines"
+
+    def check(self) -> None:
+        for name in ("columns", "diagonals"):
+            given = tuple(getattr(self, name))
+            if list(given) != sorted(set(given)) or any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in given):
+                raise refusal(
+                    PlanError, f"lines with {name} {given[:6]}", "they are distinct, ascending and 0 or more", f"pass sorted({name})"
+                )
+            object.__setattr__(self, name, given)
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """s in columns, or t - s in diagonals, or s = t."""
+        back = rows[:, None] - keys[None, :]
+        diagonal = torch.isin(back, torch.tensor([0, *self.diagonals]))
+        return torch.isin(keys, torch.tensor(self.columns, dtype=torch.int64))[None, :] | diagonal
+
+    def kept(self, length: int) -> float:
+        return _count(self, length)
+
+    def cached(self, length: int) -> float:
+        inside = {one for one in self.columns if one < length}
+        reach = max(self.diagonals, default=0) + 1
+        return len(inside | set(range(max(0, length - reach), length)))
+
+
+@dataclass(frozen=True)
+class Blocks(Pattern):
+    """Tiles by list: row tile i sees the key tiles `kept_blocks[i]`; row tiles past the list see what its last entry saw, shifted along the
+    diagonal. The diagonal tile is always kept.
+    """
+
+    kept_blocks: tuple[tuple[int, ...], ...]
+    block: int = BLOCK
+    kind = "blocks"
+
+    def check(self) -> None:
+        self._whole(1, "block")
+        if not self.kept_blocks:
+            raise refusal(PlanError, "blocks without a row", "there is nothing to keep", "list the key tiles of each row tile")
+        cleaned = []
+        for row, listed in enumerate(self.kept_blocks):
+            given = tuple(listed)
+            if any(isinstance(one, bool) or not isinstance(one, int) for one in given) or list(given) != sorted(set(given)):
+                raise refusal(
+                    PlanError, f"key tiles {given[:6]} of row tile {row}", "they are distinct and ascending", "pass sorted(set(...))"
+                )
+            if given and (given[0] < 0 or given[-1] > row):
+                raise refusal(
+                    PlanError, f"key tiles {given[:6]} of row tile {row}", f"causal rows see tiles 0..{row}", "leave the others out"
+                )
+            cleaned.append(given)
+        object.__setattr__(self, "kept_blocks", tuple(cleaned))
+
+    def row(self, tile: int) -> tuple[int, ...]:
+        """The key tiles of a row tile, ascending, the diagonal one included."""
+        last = len(self.kept_blocks) - 1
+        listed = self.kept_blocks[min(tile, last)]
+        shifted = tuple(one + max(0, tile - last) for one in listed) if tile > last else listed
+        return tuple(sorted({*shifted, tile}))
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """tile(s) in row(tile(t))."""
+        out = torch.zeros(len(rows), len(keys), dtype=torch.bool)
+        tiles = rows // self.block
+        for tile in tiles.unique().tolist():
+            out[tiles == tile] = torch.isin(keys // self.block, torch.tensor(self.row(tile)))
+        return out
+
+    def kept(self, length: int) -> float:
+        size, total = self.block, 0.0
+        for tile in range(-(-length // size)):
+            height = min(size, length - tile * size)
+            total += height * size * (len(self.row(tile)) - 1) + height * (height + 1) / 2
+        return total
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Pattern):
+    """`vertical` columns and `slash` diagonals chosen per input from the last `last_q` rows (MInference, arXiv:2407.02490); the first
+    `sink` columns and the last `window` diagonals are always among them. Prefill only: decoding is dense.
+    """
+
+    vertical: int
+    slash: int
+    last_q: int = 64
+    sink: int = 30
+    window: int = 100
+    kind = "vertical_slash"
+    static = False
+
+    def check(self) -> None:
+        self._whole(0, "vertical", "sink")
+        self._whole(1, "slash", "last_q", "window")
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        return min(length * (length + 1) / 2, length * float(max(self.vertical, self.sink) + max(self.slash, self.window)))
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+@dataclass(frozen=True)
+class TopBlocks(Pattern):
+    """Per row tile, the key tiles that an estimate of the block masses ranks first: `share` of them, or as many as reach `mass`.
+
+    `rule`: "pooled" (mean queries against mean keys, MInference, FlexPrefill arXiv:2502.20766), "antidiagonal" (strided sums, XAttention
+    arXiv:2503.16428), "anchor" (scores against an anchor's maximum less `mass` nats, AnchorAttention arXiv:2505.23520), "exact" (the block
+    masses themselves). The first tile and the diagonal one are always kept. `refresh` > 1 keeps the chosen tiles over that many denoising
+    or decode steps (SparseD arXiv:2509.24014).
+    """
+
+    share: float | None = None
+    mass: float | None = None
+    rule: Literal["pooled", "antidiagonal", "anchor", "exact"] = "pooled"
+    block: int = BLOCK
+    stride: int = 16
+    refresh: int = 1
+    kind = "top_blocks"
+    static = False
+
+    def check(self) -> None:
+        self._whole(1, "block", "stride", "refresh")
+        if (self.share is None) == (self.mass is None):
+            raise refusal(
+                PlanError, f"share={self.share}, mass={self.mass}", "one of them says how many tiles are kept", "give exactly one"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise refusal(PlanError, f"share={self.share}", "it is a part of the tiles", "use 0 < share <= 1")
+        if self.mass is not None and not (0 < self.mass <= 1 or (self.rule == "anchor" and self.mass > 0)):
+            raise refusal(PlanError, f"mass={self.mass}", "it is a part of the attention mass", "use 0 < mass <= 1")
+        if self.rule not in ("pooled", "antidiagonal", "anchor", "exact"):
+            raise unknown_name(PlanError, "rule", self.rule, ("pooled", "antidiagonal", "anchor", "exact"))
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        part = self.share if self.share is not None else 1.0  # how many tiles a mass needs is known from statistics only
+        return max(part * length * (length + 1) / 2, min(length, self.block) * length / 2)
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+@dataclass(frozen=True)
+class Budget(Pattern):
+    """After a dense prefill, the `keep` keys that the last `window` rows weigh most, and those rows' own keys (SnapKV, arXiv:2404.14469;
+    HeadKV gives each head a budget of its own). `pool`: width of the mean filter over the scores.
+    """
+
+    keep: int
+    window: int = 32
+    pool: int = 5
+    kind = "budget"
+    static = False
+
+    def check(self) -> None:
+        self._whole(0, "keep")
+        self._whole(1, "window", "pool")
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        return length * (length + 1) / 2
+
+    def cached(self, length: int) -> float:
+        return min(length, self.keep + self.window)
+
+
+@dataclass(frozen=True)
+class TopKeys(Pattern):
+    """Decoding only: per step the `keep` keys of largest weight, chosen by this head itself every `refresh` steps, or taken over from
+    `source` = (layer, head), a layer before it (TidalDecode arXiv:2410.05076, HyLRA arXiv:2602.00777).
+    """
+
+    keep: int
+    refresh: int = 1
+    source: tuple[int, int] | None = None
+    sink: int = 4
+    window: int = 64
+    kind = "top_keys"
+    static = False
+
+    def check(self) -> None:
+        self._whole(1, "keep", "refresh", "window")
+        self._whole(0, "sink")
+        if self.source is not None:
+            object.__setattr__(self, "source", (int(self.source[0]), int(self.source[1])))
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        return length * (length + 1) / 2
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+PATTERNS: dict[str, type[Pattern]] = {
+    cls.kind: cls for cls in (Dense, Streaming, Span, Strided, Power, Lines, Blocks, VerticalSlash, TopBlocks, Budget, TopKeys)
+}
+"""Every pattern by its name in JSON."""
+
+
+def pattern_from(given: Any) -> Pattern:
+    """A pattern from plain data. Raises PlanError for an unknown kind or field, or values that describe no pattern."""
+    if not isinstance(given, dict) or "kind" not in given:
+        raise refusal(PlanError, f"{str(given)[:60]}", 'a pattern is {"kind": ..., its fields}', "see headscope.plans.PATTERNS")
+    if given["kind"] not in PATTERNS:
+        raise unknown_name(PlanError, "pattern", str(given["kind"]), PATTERNS)
+    cls = PATTERNS[given["kind"]]
+    known = {item.name for item in fields(cls)}
+    values = {name: _frozen(value) for name, value in given.items() if name != "kind"}
+    for name in values:
+        if name not in known:
+            raise unknown_name(PlanError, f"field of {cls.kind}", name, known)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise refusal(PlanError, f"{str(given)[:60]}", str(error), f"{cls.kind} takes {', '.join(sorted(known))}") from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+def _dynamic(pattern: Pattern) -> PlanError:
+    return refusal(PlanError, f"the mask of {pattern}", "its keys are chosen per input", "build them from a call (headscope.plans.indices)")
+
+
+def _count(pattern: Pattern, length: int, step: int = 1024) -> float:
+    """Kept causal entries, row by row in strips."""
+    keys = torch.arange(length)
+    total = 0
+    for start in range(0, length, step):
+        rows = torch.arange(start, min(length, start + step))
+        total += int((pattern.visible(rows, keys[: start + step]) & (keys[None, : start + step] <= rows[:, None])).sum())
+    return float(total)
