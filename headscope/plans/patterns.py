@@ -43,6 +43,11 @@ class Pattern(ABC):
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """rows [R], keys [K] int64 positions -> [R, K] bool, before causality. Dynamic patterns raise PlanError."""
 
+    def reach(self, low: int, high: int) -> Tensor:
+        """Positions that some row of low..high may see, ascending, perhaps a few more; what a tile of rows must load."""
+        keys = torch.arange(high + 1)
+        return keys[self.visible(torch.arange(low, high + 1), keys).any(0)]
+
     @abstractmethod
     def kept(self, length: int) -> float:
         """Expected number of (row, key) entries that are computed in causal attention over `length` tokens."""
@@ -103,6 +108,11 @@ class Streaming(Pattern):
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """s < sink or t - s < window."""
         return (keys < self.sink)[None, :] | (rows[:, None] - keys[None, :] < self.window)
+
+    def reach(self, low: int, high: int) -> Tensor:
+        """The sink, and the windows of all rows: two ranges."""
+        begin = max(0, low - self.window + 1)
+        return torch.cat([torch.arange(min(self.sink, begin)), torch.arange(begin, high + 1)])
 
     def kept(self, length: int) -> float:
         full = min(length, self.sink + self.window)
@@ -269,7 +279,7 @@ class Blocks(Pattern):
 
     def row(self, tile: int) -> tuple[int, ...]:
         """The key tiles of a row tile, ascending, the diagonal one included."""
-        last = len(self.kept_blocks) - 1
+        last, tile = len(self.kept_blocks) - 1, max(0, tile)
         listed = self.kept_blocks[min(tile, last)]
         shifted = tuple(one + max(0, tile - last) for one in listed) if tile > last else listed
         return tuple(sorted({*shifted, tile}))
