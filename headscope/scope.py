@@ -15,7 +15,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headscope.interventions import Intervention
+    from headscope.plans import SparsePlan
+    from headscope.plans.execute import PlanExecutor
     from headscope.profile import HeadProfile
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -131,11 +134,12 @@ class Scope:
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            if value.is_meta:  # weights that are kept on disk, or elsewhere, are known by their names and shapes
-                continue
-            flat = value.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 61)][:64]
-            digest.update(sample.float().cpu().numpy().tobytes() if sample.is_floating_point() else str(sample.tolist()).encode())
+            for part in _plain_parts(value.detach()):
+                if part.is_meta:  # weights that are kept on disk, or elsewhere, are known by their names and shapes
+                    continue
+                flat = part.reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 61)][:64]
+                digest.update(sample.float().cpu().numpy().tobytes() if sample.is_floating_point() else str(sample.tolist()).encode())
         return digest.hexdigest()[:16]
 
     # ---- inputs -------------------------------------------------------------------------------------------------
@@ -369,6 +373,16 @@ class Scope:
         with self._attachment.active("executor", executor):
             yield self
 
+    def execute(self, plan: SparsePlan, *, force: bool = False) -> AbstractContextManager[PlanExecutor]:
+        """Run the model under a sparse plan: `with scope.execute(plan) as run: scope.generate(...)`; `run.report` says what ran how.
+
+        Prefill, chunks, padded batches and decode steps with a KV cache alike; the model is as before when the block ends. Raises
+        PlanError for a plan of another model (`force` lets other weights of the same shape pass).
+        """
+        from headscope.plans.execute import executing
+
+        return executing(self, plan, force=force)
+
     def generate(self, prompt: Data, *, max_new_tokens: int = 64, **options: Any) -> Generation:
         """Continue a text or ids; greedy unless do_sample=True. `options` go to the model's own generate()."""
         if not self.host.takes_text or not self.model.can_generate():
@@ -393,6 +407,15 @@ class Scope:
         return profile(self, probes=probes, context=context, data=data, **options)
 
     # ---- showing ------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copying and pickling are refused: a Scope is fastened to one live model, and a copy of it would measure nothing."""
+        raise refusal(
+            CaptureError,
+            f"a copy or pickle of {self!r}",
+            "a Scope is fastened to one live model",
+            "copy or save the model, and make a Scope of it: Scope(copy.deepcopy(scope.model), scope.tokenizer)",
+        )
 
     def __repr__(self) -> str:
         return f"Scope({self.name!r}, {self.topology!r}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
@@ -421,6 +444,15 @@ def _refuse_checkpointing(model: Any) -> None:
             "its layers run a second time in the backward pass and would be counted twice",
             "call model.gradient_checkpointing_disable() or model.eval()",
         )
+
+
+def _plain_parts(value: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a quantisation library's tensor is made of (codes, scales), which it may not let be reshaped; else itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(value, name))
 
 
 def _execution_device(model: Any) -> torch.device:

@@ -121,6 +121,13 @@ class SparsePlan:
                     "a head can take over keys only from a head of an earlier layer of the same model",
                     "name an earlier layer",
                 )
+            if source is not None and (getattr(given.get(source), "kind", "") != pattern.kind or getattr(given[source], "source", None)):
+                raise refusal(
+                    PlanError,
+                    f"head {_word(place)} reusing head {_word(source)}",
+                    "that head chooses no keys of its own",
+                    f"give head {_word(source)} a pattern of kind {pattern.kind} without a source",
+                )
         missing = [place for place in known if place not in given]
         if missing:
             listed = ", ".join(_word(place) for place in missing[:4])
