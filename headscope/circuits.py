@@ -93,6 +93,8 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a linear module; transformers' Conv1D keeps it as [in, out]."""
     module = getattr(module, "original_component", module)
     weight: Tensor = module.weight.detach()
+    if hasattr(weight, "__tensor_flatten__") and type(weight).dequantize is not torch.Tensor.dequantize:
+        weight = weight.dequantize()  # a quantisation library's tensor, which looks like the numbers it stands for but cannot be cut
     if not weight.is_floating_point() or weight.dim() != 2:
         raise refusal(
             CaptureError,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
@@ -23,7 +23,10 @@ import torch
 
 from headscope.capture import seam
 from headscope.capture.calls import HostCall, build_call
+from headscope.capture.edited import exact_heads, untold_heads
 from headscope.capture.forward import ForwardState, ModuleRun
+from headscope.capture.normaliser import Listening
+from headscope.capture.tokens import TokenMemory
 from headscope.capture.verify import as_heads
 from headscope.errors import CaptureError, refusal
 
@@ -88,6 +91,10 @@ class Attachment:
     def active(self, stage: Stage, what: Any) -> Iterator[Actor]:
         """Keep an actor active for a `with` block."""
         actor = Actor(stage, what)
+        if stage == "intervention":
+            from headscope.interventions.stacking import refuse_conflicts
+
+            refuse_conflicts([one.what for one in self._here("intervention")], what)
         with self._lock:
             if self._fastened is None:
                 self._fasten()
@@ -231,23 +238,37 @@ class Attachment:
                 )
             call = self._read(host, module, run, state, function, name)
             edited = call
-            interventions = self._here("intervention")
+            interventions = self._ordered()
+            if interventions:
+                call.facts["tokens"] = self._tokens.ids(call, run, state)
             for actor in interventions:
                 edited = actor.what.before(edited)
-            own = self._execute(edited, call)
+            own = self._execute(edited)
+            anew = [] if own is not None or edited is call else untold_heads(edited, call)
+            if own is None and len(anew) == call.q.shape[1]:
+                own = exact_heads(edited, anew)
             host.ran = own is None
-            if own is not None:
-                result: Any = (own, None)
-            elif edited is call:
-                result = run_host(module, *args, **kwargs)
-            else:
-                result = run_host(module, *_with_edits(host, call, edited), **host.kwargs)
+            listening = Listening() if host.ran and edited.q.is_cuda and self._here("observer") else None
+            with listening or nullcontext():
+                if own is not None:
+                    result: Any = (own, None)
+                elif edited is call:
+                    result = run_host(module, *args, **kwargs)
+                else:
+                    result = run_host(module, *_with_edits(host, call, edited), **host.kwargs)
+            lse = None if listening is None else listening.lse_of(edited)
+            if lse is not None and not anew:
+                edited.facts["lse"] = lse
             output = result[0] if isinstance(result, tuple) else result
+            if anew and own is None:
+                output = _with_heads(output, edited, anew)
+                result = (output, *result[1:]) if isinstance(result, tuple) else output
             changed = output
             for actor in interventions:
                 heads = actor.what.after(edited, as_heads(changed, edited))
                 changed = heads.reshape(output.shape)
                 actor.served += 1
+            edited.facts.pop("fold", None)  # it holds the call that holds it
             for actor in self._here("observer"):
                 actor.what.observe(edited, output, host, run, state)
                 actor.served += 1
@@ -263,21 +284,32 @@ class Attachment:
         """The AttentionCall of a host's call."""
         return build_call(host, module, run, state, function, name)
 
-    def _execute(self, call: AttentionCall, original: AttentionCall) -> Tensor | None:
-        """The output of an executor; of our own exact attention where an intervention changed what no host function can be told."""
+    @property
+    def _tokens(self) -> TokenMemory:
+        """This thread's token ids; forgotten with the last thing active."""
+        if not hasattr(self._local, "tokens"):
+            self._local.tokens = TokenMemory()
+        memory: TokenMemory = self._local.tokens
+        return memory
+
+    def _ordered(self) -> list[Actor]:
+        """This thread's interventions in the order of their sites."""
+        actors = self._here("intervention")
+        if len(actors) < 2:
+            return actors
+        from headscope.interventions.stacking import in_site_order
+
+        by_edit = {id(actor.what): actor for actor in actors}
+        return [by_edit[id(what)] for what in in_site_order([actor.what for actor in actors])]
+
+    def _execute(self, call: AttentionCall) -> Tensor | None:
+        """The output of an executor, None where none takes the call."""
         for actor in reversed(self._here("executor")):
             output: Tensor | None = actor.what.execute(call)
             if output is not None:
                 actor.served += 1
                 return output
-        told = ("mask", "scale", "softcap", "sink_logits")
-        if all(getattr(call, name) is getattr(original, name) for name in told):
-            return None
-        from headscope.kernels import attention_rows
-
-        rows = torch.arange(call.q.shape[2], device=call.q.device)
-        pieces = [attention_rows(call, part).to(call.q.dtype) for part in rows.split(256)]
-        return torch.cat(pieces, 2).nan_to_num(nan=0.0).transpose(1, 2).contiguous()
+        return None
 
 
 def _with_edits(host: HostCall, call: AttentionCall, edited: AttentionCall) -> tuple[Any, ...]:
@@ -291,6 +323,13 @@ def _with_edits(host: HostCall, call: AttentionCall, edited: AttentionCall) -> t
         return torch.cat([new, full[:, :, new.shape[2] :]], 2)
 
     return edited.q, put(host.key, call.k, edited.k), put(host.value, call.v, edited.v), host.mask
+
+
+def _with_heads(output: Tensor, call: AttentionCall, heads: list[int]) -> Tensor:
+    """The host's output with some heads computed anew, in the host's shape."""
+    changed = as_heads(output, call).clone()
+    changed[:, :, heads] = exact_heads(call, heads).to(output.dtype)
+    return changed.reshape(output.shape)
 
 
 def _refuse_compiled(name: str, module: nn.Module) -> None:

@@ -84,7 +84,7 @@ def build_call(host: HostCall, module: nn.Module, run: ModuleRun, state: Forward
     reach = query_offset + rows - key_offset
     if causal and k.shape[2] > reach:  # unused room of a static cache
         k, v = k[:, :, :reach], v[:, :, :reach]
-    segments = _packed(host.kwargs, batch, rows, q.device) if k.shape[2] == rows and not run.cross else None
+    segments = _packed(host.kwargs, batch, rows, q.device, state) if k.shape[2] == rows and not run.cross else None
     keys = k.shape[2]
     padding = state.encoder_padding(batch, keys) if run.cross else state.padding(batch, key_offset + keys)
     known = state.known_valid.get(run.cache) if run.cache is not None and not run.cross else None
@@ -179,7 +179,7 @@ def _windows(kwargs: dict[str, Any], window: int | None, causal: bool) -> tuple[
     return () if window is None else (window,)
 
 
-def _packed(kwargs: dict[str, Any], batch: int, rows: int, device: torch.device) -> Tensor | None:
+def _packed(kwargs: dict[str, Any], batch: int, rows: int, device: torch.device, state: ForwardState) -> Tensor | None:
     """[B, N] number of the packed sequence each token belongs to, from cu_seq_lens or restarting position ids; None for one sequence."""
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is not None:
@@ -188,8 +188,12 @@ def _packed(kwargs: dict[str, Any], batch: int, rows: int, device: torch.device)
     ids = kwargs.get("position_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != rows or ids.shape[0] not in (1, batch):
         return None
-    restarts = (torch.diff(ids, dim=1, prepend=ids[:, :1] - 1) != 1).cumsum(1)
-    return None if not bool(restarts.any()) else restarts.expand(batch, rows).to(device)
+    key = ("packed", id(ids))
+    if key not in state.masks:  # every layer gets the same ids, and looking at them waits for a GPU
+        restarts = (torch.diff(ids, dim=1, prepend=ids[:, :1] - 1) != 1).cumsum(1)
+        state.masks[key] = (ids, restarts if bool(restarts.any()) else None)
+    found = state.masks[key][1]
+    return found.expand(batch, rows).to(device) if isinstance(found, torch.Tensor) else None
 
 
 def _mask(host: HostCall, place: Place, family: Family, state: ForwardState, module: str, name: str, function: HostFunction) -> MaskFacts:

@@ -67,8 +67,8 @@ def trace_statistics(
     `remote`: passed on to nnsight; "local" sends the request through the remote path's serialisation and runs it here. `cells`: how many
     scores the observer may hold at a time. The statistics are those of `Scope.capture` to rounding; `backend` is "portable".
 
-    Raises StatisticError for segment_mass, pairs and keep=, which need q and k on this machine, and CaptureError for a call that cannot
-    be read.
+    Raises StatisticError for segment_mass, pairs, keep= and collect=, which need the model on this machine, and CaptureError for a call
+    that cannot be read.
     """
     if scope.host.kind != "nnsight" or not scope.host.takes_text:
         why = "it is not an nnsight model around a transformers one"
@@ -78,8 +78,10 @@ def trace_statistics(
         if name not in portable.MEASURES:
             known = ", ".join(portable.MEASURES)
             raise refusal(StatisticError, f"statistic {name!r} in a trace", "it needs q and k on this machine", f"ask for {known}")
-    if request.keep is not None:
-        raise refusal(StatisticError, "keep= in a trace", "q and k stay where the model runs", "use scope.capture on this machine")
+    for name in ("keep", "collect"):
+        if getattr(request, name) is not None:
+            why = "q and k stay where the model runs" if name == "keep" else "all layers come back at once"
+            raise refusal(StatisticError, f"{name}= in a trace", why, "use scope.capture on this machine")
     inputs = model_inputs(scope, data, attention_mask, False, beyond_context)
     mask = inputs.get("attention_mask")
     valid = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()) else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headscope.capture.forward import cache_reference
-from headscope.capture.verify import check_output, signature
+from headscope.capture.verify import Comparison, compare_output, signature
 from headscope.errors import CaptureError, refusal
 from headscope.statistics import HeadStatistics
 from headscope.statistics.accumulate import LayerAccumulator
@@ -66,6 +66,7 @@ class Observer:
         self._sequences: list[Sequence] = []
         self._waiting = Sequence()
         self._checked: set[tuple[object, ...]] = set()
+        self._compared: list[Comparison] = []
         self._moved: list[Tensor] = []
 
     # ---- one call -----------------------------------------------------------------------------------------------
@@ -82,7 +83,11 @@ class Observer:
         if self.verify and host.ran:
             kind = signature(call)
             if kind not in self._checked:
-                check_output(call, output, {**host.kwargs, "attention_mask": host.mask})
+                compared = compare_output(call, output, {**host.kwargs, "attention_mask": host.mask})
+                if call.q.is_cuda:
+                    self._compared.append(compared)
+                else:
+                    compared.settle()
                 self._checked.add(kind)
         sequence = self._sequence_of(call, run, state)
         if call.layer is not None:
@@ -103,9 +108,14 @@ class Observer:
             partial = measure(call, request)
         layer.add(call, partial)
         self.backend = self.backend or backend_for(call)
+        collect = request.collect
+        if collect is not None and call.layer is not None and not call.is_cross and layer.end == collect.length:
+            self._settle()
+            layer.hand_over(collect)
 
     def forward_ended(self) -> None:
         """Called after each outermost forward pass: one look at all comparisons of this pass, so that a GPU is asked only once."""
+        self._settle()
         if self._moved and bool(torch.stack([moved.to("cpu") for moved in self._moved]).any()):
             raise refusal(
                 CaptureError,
@@ -115,6 +125,12 @@ class Observer:
                 "generate with num_beams=1, or capture the finished text in one pass",
             )
         self._moved.clear()
+
+    def _settle(self) -> None:
+        """Read the outputs' comparisons that a GPU has been asked for."""
+        compared, self._compared = self._compared, []
+        for one in compared:
+            one.settle()
 
     # ---- which sequence -----------------------------------------------------------------------------------------
 
@@ -236,6 +252,7 @@ class Observer:
 
     def passes(self) -> list[HeadStatistics]:
         """One HeadStatistics per sequence, in the order in which they ran."""
+        self._settle()
         self._flush()
         out = []
         for sequence in self._sequences:

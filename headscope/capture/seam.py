@@ -89,6 +89,13 @@ def through(function: HostFunction, name: str, module: nn.Module, *args: Any, **
     return _Wrapped(function, name)(module, *args, **kwargs)
 
 
+def reads(attachment: Attachment, module: nn.Module) -> bool:
+    """True for the first of a module's attachments that are active in this thread: the one that brings calls to `through`, which serves
+    them all. A second reader would have each call counted twice.
+    """
+    return next((one for one in _attached.get(module, ()) if one.active_here), None) is attachment
+
+
 def is_serving() -> bool:
     """True while a call of this thread is being served, so that attention run on its behalf is not taken for the model's."""
     return bool(getattr(_here, "busy", False))

@@ -114,7 +114,7 @@ class BridgeAttachment(Attachment):
 
     def _listen(self, module: Any, args: Any) -> None:
         """Hook points get their listeners as the module starts, behind those of the user."""
-        if not self.active_here:
+        if not seam.reads(self, module):
             return
         seen: dict[str, Tensor] = {}
         stack = ExitStack()

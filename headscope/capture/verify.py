@@ -3,10 +3,13 @@
 A mask in a new format, a keyword argument that a new model adds, a window applied inside a kernel: each would make statistics that look
 right and are wrong. So on the first call of every module, and again whenever the kind of call changes (prefill to decode, another mask),
 a few query rows are computed from q, k, v and the facts, exactly, and compared with the host's output. It costs a few rows, not a matrix.
+On a GPU the comparison is queued like everything else and read when the forward pass has ended (`Comparison.settle`), before anything
+measured is handed out: reading it at once would make the GPU wait for Python at every layer.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,49 +48,82 @@ def as_heads(output: Tensor, call: AttentionCall) -> Tensor:
     return output.reshape(batch, rows, heads, -1)
 
 
-@torch.no_grad()
+@dataclass(slots=True, eq=False)
+class Comparison:
+    """The outcome of comparing one call's output with ours, as tensors on the call's device.
+
+    - `worst`: the largest error of a row's output, relative to the row's length. `unread`: there are rows that count for which neither
+      we nor the host have a number; `finite`: q, k and v are finite.
+    """
+
+    worst: Tensor
+    unread: Tensor
+    finite: Tensor
+    limit: float
+    where: str
+    kernel: str
+    facts: str
+    named: str
+
+    def settle(self) -> None:
+        """Raises CaptureError when the outputs differ; waits for the device."""
+        worst, unread, finite = torch.stack([self.worst.double(), self.unread.double(), self.finite.double()]).tolist()
+        if unread and not finite:
+            raise refusal(
+                CaptureError,
+                self.where,
+                "its queries, keys or values hold NaN or infinity, so its attention is no number (damaged weights, or an overflow in half "
+                "precision)",
+                "load the model in float32 or bfloat16 and check its weights; verify=False measures what there is",
+            )
+        if worst <= self.limit:
+            return
+        raise refusal(
+            CaptureError,
+            f"{self.where} under attention {self.kernel!r}",
+            f"recomputing its output from our reading of the call gives a relative error of {worst:.2g} (limit {self.limit:g}): something "
+            f"in the call is not understood. It came with {self.facts}; keyword arguments: {self.named}",
+            "the statistics would be wrong, so none are given; try model.set_attn_implementation('eager' or 'sdpa')",
+        )
+
+
 def check_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) -> None:
     """Compare a few rows of the host's output [B, Nq, Hq, Dv] with ours. Raises CaptureError when they differ."""
+    compare_output(call, output, kwargs).settle()
+
+
+@torch.no_grad()
+def compare_output(call: AttentionCall, output: Tensor, kwargs: dict[str, Any]) -> Comparison:
+    """The comparison of a few rows of the host's output [B, Nq, Hq, Dv] with ours, not read yet."""
     from headscope.kernels import attention_rows
 
     rows = _chosen_rows(call)
     ours = attention_rows(call, rows).transpose(1, 2).double()  # [B, R, Hq, Dv]
+    rows = rows.to(ours.device, non_blocking=True)
     theirs = as_heads(output, call)[:, rows].to(ours.device).double()
     counted = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
     if call.mask.query_valid is not None:
         counted &= call.mask.query_valid[:, rows].to(ours.device)
     unknown = ours.isnan().any(-1).any(-1)
-    if bool((counted & unknown & ~theirs.isfinite().all(-1).all(-1)).any()) and not _finite(call):
-        raise refusal(
-            CaptureError,
-            f"{call.module} (layer {call.layer})",
-            "its queries, keys or values hold NaN or infinity, so its attention is no number (damaged weights, or an overflow in half "
-            "precision)",
-            "load the model in float32 or bfloat16 and check its weights; verify=False measures what there is",
-        )
+    unread = (counted & unknown & ~theirs.isfinite().all(-1).all(-1)).any()
     counted &= ~unknown  # rows that see no key have no output to agree on
-    if not bool(counted.any()):
-        return
     length = theirs.norm(dim=-1).masked_fill(~counted[..., None], 0.0)
     error = (ours - theirs).norm(dim=-1) / (length + 0.05 * length.mean() + 1e-30)
     worst = torch.where(counted[..., None], error, error.new_zeros(())).nan_to_num(nan=float("inf")).max()
+    finite = _finite(call) if call.q.is_cuda or bool(unread) else ~unread
     limit = TOLERANCE.get(call.q.dtype, 6e-2)
     if call.q.is_cuda and call.q.dtype == torch.float32:
         limit = 2e-3
-    if float(worst) <= limit:
-        return
     named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "none"
-    raise refusal(
-        CaptureError,
-        f"{call.module} (layer {call.layer}) under attention {call.kernel!r}",
-        f"recomputing its output from our reading of the call gives a relative error of {float(worst):.2g} (limit {limit:g}): something in "
-        f"the call is not understood. It came with {_facts(call)}; keyword arguments: {named}",
-        "the statistics would be wrong, so none are given; try model.set_attn_implementation('eager' or 'sdpa')",
-    )
+    where = f"{call.module} (layer {call.layer})"
+    return Comparison(worst, unread, finite, limit, where, call.kernel, _facts(call), named)
 
 
-def _finite(call: AttentionCall) -> bool:
-    return all(bool(part.isfinite().all()) for part in (call.q, call.k, call.v) if part is not None)
+def _finite(call: AttentionCall) -> Tensor:
+    """Whether q, k and v hold neither NaN nor infinity: their sums would show it."""
+    parts = [part for part in (call.q, call.k, call.v) if part is not None]
+    wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    return torch.stack([part.sum(dtype=wide).isfinite() for part in parts]).all()
 
 
 def _chosen_rows(call: AttentionCall) -> Tensor:
@@ -100,7 +136,7 @@ def _chosen_rows(call: AttentionCall) -> Tensor:
             real = one.nonzero().flatten()
             if real.numel():
                 rows |= {int(real[0]), int(real[real.numel() // 2]), int(real[-1])}
-    return torch.tensor(sorted(rows), device=call.q.device)
+    return torch.tensor(sorted(rows))
 
 
 def _facts(call: AttentionCall) -> str:

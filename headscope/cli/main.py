@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from headscope.cli import app_cmd, bench_cmd, compare_cmd, demo_cmd, doctor_cmd, models_cmd, probes_cmd, profile_cmd, show_cmd
+from headscope.cli import (
+    app_cmd,
+    bench_cmd,
+    compare_cmd,
+    demo_cmd,
+    doctor_cmd,
+    intervene_cmd,
+    models_cmd,
+    probes_cmd,
+    profile_cmd,
+    score_cmd,
+    show_cmd,
+)
 from headscope.errors import HeadscopeError
 
 app = typer.Typer(
@@ -22,12 +34,15 @@ bench = typer.Typer(help="Measure headscope against its peers, as ratios within 
 app.command("demo")(demo_cmd.demo)
 app.command("profile")(profile_cmd.profile)
 app.command("show")(show_cmd.show)
+app.command("score")(score_cmd.score)
 app.command("compare")(compare_cmd.compare)
+app.command("intervene")(intervene_cmd.intervene)
 app.command("models")(models_cmd.models)
 app.command("probes")(probes_cmd.probes)
 app.command("app")(app_cmd.serve)
 app.command("doctor")(doctor_cmd.doctor)
 bench.command("capture")(bench_cmd.capture)
+bench.command("maps")(bench_cmd.maps)
 app.add_typer(bench, name="bench")
 
 

@@ -9,7 +9,7 @@ import typer
 
 from headscope.cli.console import emit_json, say
 from headscope.cli.show_cmd import check_top, print_profile, summary
-from headscope.errors import RunError, refusal
+from headscope.errors import RunError, StatisticError, refusal
 
 
 def profile(
@@ -25,6 +25,9 @@ def profile(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: float32 on a CPU, else the checkpoint's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random-token texts.")] = 0,
     no_maps: Annotated[bool, typer.Option("--no-maps", help="Leave out the block maps (smaller run).")] = False,
+    keep: Annotated[
+        str | None, typer.Option(help="Layers whose q and k are kept, for exact windows of their maps: '0,5' or 'all'.")
+    ] = None,
     beyond_context: Annotated[bool, typer.Option("--beyond-context", help="Allow more tokens than the model was trained for.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run directory if it exists.")] = False,
     top: Annotated[int, typer.Option(help="Heads to print per role.")] = 5,
@@ -44,6 +47,7 @@ def profile(
 
     names = probes if probes in hs.probes.registry.GROUPS else [name.strip() for name in probes.split(",") if name.strip()]
     hs.probes.resolve(names)  # an unknown name fails before the model is loaded
+    layers = layers_of(keep)
     scope = hs.load(model, device=device, dtype=dtype)
     journal = Journal(out.with_name(f"{out.name}.journal")) if _acts(names) else None
     result = scope.profile(
@@ -53,11 +57,13 @@ def profile(
         texts=texts,
         seed=seed,
         maps=not no_maps,
+        keep=layers,
+        out=out,
+        overwrite=overwrite,
         beyond_context=beyond_context,
         progress=True,
         journal=journal,
     )
-    result.save(out, overwrite=overwrite)
     if journal is not None:
         if journal.restored:
             say(f"{journal.restored} finished units came from {journal.path}")
@@ -67,6 +73,16 @@ def profile(
         emit_json({"run": str(out), **summary(result, top)})
     else:
         print_profile(result, top)
+
+
+def layers_of(keep: str | None) -> str | list[int] | None:
+    """The layers of --keep."""
+    if keep is None or keep.strip() == "all":
+        return None if keep is None else "all"
+    try:
+        return [int(part) for part in keep.split(",") if part.strip()]
+    except ValueError:
+        raise refusal(StatisticError, f"--keep {keep}", "it is neither 'all' nor layer numbers", "pass --keep 0,5 or --keep all") from None
 
 
 def _acts(names: str | list[str]) -> bool:

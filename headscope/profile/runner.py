@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -22,26 +21,22 @@ from headscope.profile.active import measure_active
 from headscope.profile.card import RunCard, machine_facts, model_facts, now, version_facts
 from headscope.profile.head_profile import HeadProfile
 from headscope.profile.journal import Journal
+from headscope.profile.maps import block_size, keeping
 from headscope.profile.passes import Pass, plan_passes
 from headscope.profile.result import ProbeResult, head_table
 from headscope.profile.roles import assign_roles
 from headscope.profile.texts import build_texts, data_facts, given_texts
-from headscope.statistics import PASSIVE as STATISTICS
-from headscope.statistics import StatisticsRequest, definition
-from headscope.store.content import PLANES, MapInfo, RunContent, Tokens
+from headscope.statistics import StatisticsRequest
 from headscope.store.files import canonical_heads
-from headscope.store.pyramid import build_pyramid
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from headscope.data.natural import TextData
     from headscope.probes.registry import ProbeLike
     from headscope.scope import Scope
     from headscope.statistics import HeadStatistics
-
-MAP_CELLS = 128
-"""Cells a side of the finest block map, unless the text is shorter than that many blocks of 16."""
 
 KINDS: tuple[TextKind, ...] = ("natural", "repeated_random", "repeated_token")
 
@@ -57,6 +52,7 @@ class Measured:
     backend: str = ""
     requests: dict[str, StatisticsRequest] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
     shown: tuple[ProbeText, HeadStatistics] | None = None
 
 
@@ -72,6 +68,9 @@ def profile(
     maps: bool = True,
     keep_statistics: bool = True,
     block: int | None = None,
+    keep: Sequence[int] | int | str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
     beyond_context: bool = False,
     progress: bool | None = None,
     journal: Journal | str | Path | None = None,
@@ -85,7 +84,10 @@ def profile(
     - `data`: natural text to use in place of the bundled essays: a .txt or .jsonl path, text, a list of texts, or token ids.
     - `texts`: how many texts of each kind to average over. `seed`: of the random tokens; text i is drawn with seed + i. `repeats`: R.
     - `maps`, `keep_statistics`: keep the block maps and the per-token statistics of the first natural text. `block`: tokens a side of a
-      map's cell; None takes what gives 128 cells a side.
+      map's cell; None takes what gives 128 cells a side, and 128 from 16,384 to 131,072 tokens.
+    - `keep`: layers whose q and k on that text are kept, or "all", so that any window of their maps can be recomputed exactly.
+    - `out`: a run directory to write while measuring, a layer at a time, so that a long text's maps, q and k are never in memory together;
+      the profile that comes back reads from it. `overwrite`: replace a run that is there.
     - `beyond_context`: allow a context longer than the model was made for.
     - `progress`: a bar on stderr; None shows it on a terminal only.
     - `journal`: a folder where active probes keep finished trials, so that a run that was killed goes on where it stopped.
@@ -107,27 +109,27 @@ def profile(
     }
     shown = built[kinds[0]][0] if kinds else None
     size = block or block_size(len(shown) if shown is not None else context)
-    base = _shown_needs(maps, keep_statistics, size)
-    found = measure(
-        scope, chosen, built, shown=shown if base is not None else None, base=base, beyond_context=beyond_context, progress=progress
-    )
-    acted = measure_active(scope, acting, named=named(probes), context=context, seed=seed, progress=progress, journal=journal)
-    if not found.scores and not acted.scores:
-        why = "; ".join(f"{name}: {reason}" for name, reason in acted.left_out.items())
-        raise refusal(ProbeError, f"probes {probes!r} on {scope.name}", f"none of them could say anything ({why})", "name other probes")
-    found.scores.update(acted.scores)
-    found.numbers.update(acted.numbers)
-    found.seconds.update(acted.seconds)
+    readers = [probe for probe in chosen if probe.data == kinds[0]]
+    with keeping(scope, shown, maps, keep_statistics, size, keep, readers=readers, out=out, overwrite=overwrite) as keeper:
+        found = measure(scope, chosen, built, shown=shown, base=keeper.needs, beyond_context=beyond_context, progress=progress)
+        acted = measure_active(scope, acting, named=named(probes), context=context, seed=seed, progress=progress, journal=journal)
+        if not found.scores and not acted.scores:
+            why = "; ".join(f"{name}: {reason}" for name, reason in acted.left_out.items())
+            raise refusal(ProbeError, f"probes {probes!r} on {scope.name}", f"none of them could say anything ({why})", "name other probes")
+        found.scores.update(acted.scores)
+        found.numbers.update(acted.numbers)
+        found.seconds.update(acted.seconds)
 
-    table = head_table(scope.topology, found.scores)
-    table["roles"], table["reasons"] = assign_roles(table)
-    content = _content(scope, found, maps, keep_statistics, size)
-    found.seconds["total"] = time.perf_counter() - started
-    told = [probe for probe in asked if probe.name not in acted.left_out]
-    card = _card(scope, told, found, context, texts, seed, repeats, size)
-    card.data += acted.data
-    card.notes, card.left_out = acted.notes, acted.left_out
-    return HeadProfile(canonical_heads(table), card, content, tables=acted.tables)
+        table = head_table(scope.topology, found.scores)
+        table["roles"], table["reasons"] = assign_roles(table)
+        found.seconds |= keeper.seconds
+        found.seconds["total"] = time.perf_counter() - started
+        told = [probe for probe in asked if probe.name not in acted.left_out]
+        card = _card(scope, told, found, context, texts, seed, repeats, size)
+        card.data += acted.data
+        card.notes, card.left_out = acted.notes, acted.left_out
+        keeper.finish(canonical_heads(table), card, found.shown[1] if found.shown else None, {**joined(found.tables), **acted.tables})
+    return keeper.profile()
 
 
 def run_probe(
@@ -159,7 +161,18 @@ def run_probe(
             scope, probe.data, context=length, data=data, texts=texts, seed=seed, repeats=repeats, beyond_context=beyond_context
         )
     found = measure(scope, [probe], {probe.data: ready}, beyond_context=beyond_context, progress=progress)
-    return ProbeResult(probe, found.scores, scope.topology, tuple(ready), found.numbers)
+    tables = {name.partition(".")[2]: table for name, table in joined(found.tables).items()}
+    return ProbeResult(probe, found.scores, scope.topology, tuple(ready), found.numbers, tables)
+
+
+def joined(tables: dict[str, list[pd.DataFrame]]) -> dict[str, pd.DataFrame]:
+    """One table per name; of several texts one below the other, with a column for the text's number."""
+    import pandas as pd
+
+    return {
+        name: parts[0] if len(parts) == 1 else pd.concat([part.assign(text=number) for number, part in enumerate(parts)], ignore_index=True)
+        for name, parts in tables.items()
+    }
 
 
 def measure(
@@ -194,6 +207,9 @@ def measure(
                 captured = time.perf_counter()
                 for name, values in one.scores(stats).items():
                     sums.setdefault(name, []).append(values)
+                for probe in one.probes:
+                    for name, table in probe.tables(stats, one.text).items():
+                        found.tables.setdefault(f"{probe.name}.{name}", []).append(table)
                 found.seconds[kind] = found.seconds.get(kind, 0.0) + captured - began
                 found.seconds["scores"] = found.seconds.get("scores", 0.0) + time.perf_counter() - captured
                 found.kernels |= set(stats.kernels)
@@ -207,62 +223,6 @@ def measure(
         found.scores.update(mine)
         found.numbers.update(probe.numbers(mine))
     return found
-
-
-def block_size(tokens: int) -> int:
-    """Tokens a side of a cell, a power of two of 16 or more, so that a map has at most 128 cells a side."""
-    size = 16
-    while size * MAP_CELLS < tokens:
-        size *= 2
-    return size
-
-
-def _shown_needs(maps: bool, keep_statistics: bool, block: int) -> Needs | None:
-    names = [
-        name
-        for name in STATISTICS
-        if (definition(name).kind == "map" and maps) or (definition(name).kind in ("row", "column") and keep_statistics)
-    ]
-    return Needs(tuple(names), {"block": block} if maps else {}) if names else None
-
-
-def _content(scope: Scope, found: Measured, maps: bool, keep_statistics: bool, block: int) -> RunContent | None:
-    """The shown text with its statistics and maps as arrays."""
-    if found.shown is None:
-        return None
-    text, stats = found.shown
-    layers = scope.topology.layers
-    content = RunContent(layers, Tokens(text.text or "", tuple(text.ids.tolist()), text.strings or _pieces(scope, text)))
-    for name in STATISTICS:
-        kind = definition(name).kind
-        if keep_statistics and kind in ("row", "column"):
-            content.arrays[f"{kind}/{name}"] = _stacked(stats, name, layers)
-        elif maps and name in PLANES:
-            content.pyramids[name] = build_pyramid(_stacked(stats, name, layers), name)
-    if maps:
-        sizes = tuple(level.shape[-1] for level in content.pyramids[PLANES[0]])
-        causal = all(module.causal for module in scope.topology.main)
-        content.maps = MapInfo(block, len(text), causal, PLANES, sizes)
-    return content
-
-
-def _stacked(stats: HeadStatistics, name: str, layers: tuple[int, ...]) -> np.ndarray:
-    """[L, H, ...] of the first sequence, float32 (argmax int32); layers with fewer heads end in NaN (argmax -1)."""
-    listed = [stats[name][layer][0] for layer in layers]
-    heads = max(values.shape[0] for values in listed)
-    kind: Any = np.int32 if name == "argmax" else np.float32
-    out = np.full((len(listed), heads, *listed[0].shape[1:]), -1 if name == "argmax" else np.nan, dtype=kind)
-    for place, values in enumerate(listed):
-        out[place, : values.shape[0]] = values.numpy()
-    return out
-
-
-def _pieces(scope: Scope, text: ProbeText) -> tuple[str, ...]:
-    from headscope.probes.text import token_pieces
-
-    tokenizer = getattr(scope, "tokenizer", None)
-    ids = text.ids.tolist()
-    return tuple(str(number) for number in ids) if tokenizer is None else token_pieces(tokenizer, ids)
 
 
 def _card(scope: Scope, probes: list[AnyProbe], found: Measured, context: int, texts: int, seed: int, repeats: int, block: int) -> RunCard:

@@ -294,6 +294,15 @@ class HeadStatistics:
                 out[:, mine[:, None], there[None, :]] = gather_weights(call, lse, head, rows[mine], columns[there]).to(out.dtype)
         return out
 
+    def kept(self, layer: LayerKey) -> Kept:
+        """q, k and lse of a layer, as its calls brought them. StatisticError unless it was captured with keep=."""
+        only = self._single("one layer's q and k")
+        kept = only._kept.get(only.topology[layer].name)
+        if kept is None:
+            why = f"capture with keep=({layer!r},) or keep='all'"
+            raise refusal(StatisticError, f"q and k of layer {layer!r}", "they were not kept", why)
+        return kept
+
     def _single(self, what: str) -> HeadStatistics:
         """The only pass; StatisticError when there are several or none."""
         passes = self.passes

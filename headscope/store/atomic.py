@@ -3,6 +3,10 @@
 Everything is written into a hidden sibling, flushed to the disk, and renamed into place at the end; a rename within one directory is
 atomic. A process that is killed leaves at most the hidden sibling, which no reader looks at and which the next writer to the same place
 clears away, once the process that owned it is gone.
+
+Replacing a directory takes two renames: the old one aside, the new one in. A process killed between them leaves nothing in the place, and
+the old one under a name of its own; whoever next reads, lists or writes there puts it back (`restore_interrupted`), so an overwrite either
+happened or did not.
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from headscope.errors import RunError, refusal
-from headscope.store.schema import CARD, HEADS, MAPS, STATISTICS, TOKENS
+from headscope.store.schema import CARD, HEADS, KEPT, MAPS, STATISTICS, TABLES, TOKENS
 
 PARTIAL = ".partial"
-CONTENT = {CARD, HEADS, STATISTICS, TOKENS, MAPS}
+ASIDE = ".replaced"
+CONTENT = {CARD, HEADS, STATISTICS, TOKENS, MAPS, KEPT, TABLES}
 """What a run directory holds; anything else in one is somebody's, and is not deleted with it."""
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
 
@@ -36,10 +41,11 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     target = Path(os.path.abspath(target))
     try:
+        restore_interrupted(target)
         _refuse_existing(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_orphans(target)
-        partial = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
+        partial = _hidden(target, PARTIAL)
         partial.mkdir()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
         why = getattr(error, "strerror", None) or str(error)
@@ -105,7 +111,7 @@ def _swap(partial: Path, target: Path) -> None:
     if not target.exists():
         os.rename(partial, target)
         return
-    aside = target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
+    aside = _hidden(target, ASIDE)
     os.rename(target, aside)
     try:
         os.rename(partial, target)
@@ -136,13 +142,55 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _clear_orphans(target: Path) -> None:
-    """Removes what killed writers of this target left on this host."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_HOST}\.(\d+)\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+def _hidden(target: Path, kind: str) -> Path:
+    """A name beside the target that no reader looks at and that says whose it is."""
+    return target.parent / f".{target.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{kind}"
+
+
+def _left_behind(target: Path, kind: str) -> list[Path]:
+    """What killed writers of this target left on this host, oldest first."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_HOST}\.(\d+)\.[0-9a-f]{{8}}{re.escape(kind)}")
+    found = []
     for entry in target.parent.iterdir():
         match = pattern.fullmatch(entry.name)
         if match and not _alive(int(match[1])):
+            found.append(entry)
+    return sorted(found, key=lambda entry: entry.stat().st_mtime)
+
+
+def _clear_orphans(target: Path) -> None:
+    for kind in (PARTIAL, ASIDE):
+        for entry in _left_behind(target, kind):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def restore_interrupted(target: Path) -> None:
+    """Puts back a directory whose replacement was cut off between its two renames; does nothing when something is in the place.
+
+    RunError when it is there and cannot be put back (a folder that may not be written).
+    """
+    target = Path(os.path.abspath(target))
+    try:
+        if target.exists() or target.is_symlink() or not target.parent.is_dir():
+            return
+        left = _left_behind(target, ASIDE)
+    except (OSError, ValueError):  # a name that no directory can have, a folder that may not be read: whoever opens it says so
+        return
+    for entry in left[-1:]:
+        try:
+            os.rename(entry, target)
+        except OSError as error:
+            if target.exists():  # another process was quicker
+                return
+            why = f"a process was killed while it replaced it, and the old one cannot be put back ({error.strerror or error})"
+            raise refusal(RunError, str(target), why, f"rename {entry.name} to {target.name}") from error
+
+
+def interrupted(folder: Path) -> list[Path]:
+    """The targets in a folder whose replacement was cut off."""
+    pattern = re.compile(rf"\.(.+)\.{_HOST}\.\d+\.[0-9a-f]{{8}}{re.escape(ASIDE)}")
+    names = {match[1] for entry in folder.iterdir() if (match := pattern.fullmatch(entry.name))}
+    return [folder / name for name in sorted(names) if not (folder / name).exists()]
 
 
 def _alive(pid: int) -> bool:

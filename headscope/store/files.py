@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,13 +16,14 @@ import numpy as np
 
 from headscope.errors import RunError, refusal
 from headscope.store.content import Tokens
-from headscope.store.pyramid import one_line
-from headscope.store.schema import SCHEMA_VERSION, check_version
+from headscope.store.schema import SCHEMA_VERSION, check_version, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
 
 T_ = TypeVar("T_")
+CODES = {"float32": "F32", "int32": "I32", "float64": "F64", "int64": "I64"}
+"""numpy's names of dtypes, as safetensors calls them."""
 INTEGERS = ("layer", "head", "kv_head")
 STRINGS = ("module", "kind")
 
@@ -30,6 +32,11 @@ def sha256_of(path: Path) -> str:
     """Checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sum_of(values: np.ndarray) -> str:
+    """Checksum of an array's bytes, 16 hex digits."""
+    return hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=8).hexdigest()
 
 
 def readable(path: Path, read: Callable[[], T_], errors: tuple[type[BaseException], ...]) -> T_:
@@ -106,25 +113,88 @@ def read_heads(path: Path) -> pd.DataFrame:
     return readable(path, read, (OSError, ValueError, KeyError, TypeError, pa.ArrowException))
 
 
-def write_statistics(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """statistics.safetensors. One metadata key only: with several their order, and so the checksum, would change from run to run."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """tables/<name>.parquet; RunError for a name that is no file's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    try:
-        save_file(contiguous, str(path), metadata={"schema_version": str(SCHEMA_VERSION)})
-    except SafetensorError as error:  # its own error class for a disk that is full
-        raise OSError(one_line(error)) from error
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,80}", name):
+        raise refusal(RunError, f"table {name!r}", "it names a file", "use letters, digits, '.', '_' and '-'")
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), folder / f"{name}.parquet")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A further table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return readable(path, lambda: pq.read_table(path).to_pandas(), (OSError, ValueError, KeyError, TypeError, pa.ArrowException))
+
+
+class StatisticsWriter:
+    """statistics.safetensors, filled a layer at a time.
+
+    The library that reads this format writes a file from arrays that are all in memory, which for 1,024 heads of 131,072 tokens are 6 GiB.
+    The format is a header (its length, 8 bytes; JSON with each array's dtype, shape and place) and the arrays one after another, so it can
+    be written in any order once the shapes are known. One metadata key only, and names in order: the same arrays give the same file.
+
+    `sums`: name -> a checksum per layer, so that a reader need not check gigabytes before it shows one head.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
+        """`shapes`: name -> dtype (float32 or int32) and [L, H, N]."""
+        self.path = path
+        self._shapes = shapes
+        self.sums: dict[str, list[str]] = {name: [""] * shape[0] for name, (_, shape) in sorted(shapes.items())}
+        self._places: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"schema_version": str(SCHEMA_VERSION)}}
+        end = 0
+        for name in sorted(shapes):
+            kind, shape = shapes[name]
+            size = int(np.prod(shape)) * kind.itemsize
+            header[name] = {"dtype": CODES[kind.name], "shape": list(shape), "data_offsets": [end, end + size]}
+            self._places[name] = end
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._base + end)
+
+    def write(self, name: str, index: int, values: np.ndarray) -> None:
+        """The layer at `index` of one array: [H, N]."""
+        kind, shape = self._shapes[name]
+        if values.shape != shape[1:]:
+            raise ValueError(f"{name}: {values.shape} is not {shape[1:]}")
+        self._file.seek(self._base + self._places[name] + index * int(np.prod(shape[1:])) * kind.itemsize)
+        values = np.ascontiguousarray(values, dtype=kind)
+        self._file.write(values.data)
+        self.sums[name][index] = sum_of(values)
+
+    def mapped(self, name: str, index: int) -> np.ndarray:
+        """What was written as a view of the file, [H, N]; it takes no memory of its own, and changing it does not change the file."""
+        kind, shape = self._shapes[name]
+        self._file.flush()
+        place = self._base + self._places[name] + index * int(np.prod(shape[1:])) * kind.itemsize
+        return np.memmap(self.path, dtype=kind, mode="c", offset=place, shape=shape[1:])
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
 
 
 class StatisticsReader:
     """Reads slices of statistics.safetensors; nothing but the header is read before it is asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sums: Any = None) -> None:
+        """`sums`: what StatisticsWriter noted; None for a file whose own checksum was checked."""
         from safetensors import SafetensorError, safe_open
 
         self.path = path
+        self._sums: dict[str, list[str]] | None = sums if isinstance(sums, dict) else None
+        self._checked: set[tuple[str, int]] = set()
         self._errors = (OSError, ValueError, KeyError, SafetensorError)
         self._file: Any = readable(path, lambda: safe_open(str(path), framework="numpy"), self._errors)
         metadata = self._file.metadata() or {}
@@ -137,8 +207,21 @@ class StatisticsReader:
         return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
-        """A slice of one array."""
+        """A slice of one array; RunError where a layer that it touches is not what was written."""
+        if self._sums is not None:
+            for layer in range(*index[0].indices(self.shape(name)[0])) if isinstance(index[0], slice) else (index[0],):
+                self._check(name, layer)
         return readable(self.path, lambda: np.asarray(self._file.get_slice(name)[index]), self._errors)
+
+    def _check(self, name: str, layer: int) -> None:
+        if (name, layer) in self._checked:
+            return
+        whole = readable(self.path, lambda: np.asarray(self._file.get_slice(name)[layer]), self._errors)
+        listed = (self._sums or {}).get(name, ())
+        if not isinstance(listed, list) or layer >= len(listed) or sum_of(whole) != listed[layer]:
+            why = f"its content is not what was written (wrong checksum of {name}, layer {layer})"
+            raise refusal(RunError, str(self.path), why, "copy the run again, or write it again")
+        self._checked.add((name, layer))
 
 
 def write_tokens(path: Path, tokens: Tokens) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headscope.errors import RunError, refusal
+from headscope.store.atomic import interrupted, restore_interrupted
 from headscope.store.read import open_run
 from headscope.store.schema import CARD
 
@@ -34,6 +36,9 @@ def list_runs(folder: str | Path) -> list[RunEntry]:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise refusal(RunError, str(folder), "there is no such directory", "pass a run directory or a folder of them")
+    for lost in interrupted(folder):
+        with contextlib.suppress(RunError):  # a folder that may not be written: the others are listed all the same
+            restore_interrupted(lost)
     places = [folder] if (folder / CARD).exists() else sorted(entry for entry in folder.iterdir() if _may_be_run(entry))
     entries = []
     for place in places:

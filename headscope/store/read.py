@@ -11,9 +11,11 @@ import numpy as np
 
 from headscope.errors import RunError, refusal, unknown_name
 from headscope.store import files
-from headscope.store.content import MapInfo, Tokens, check_head, map_place, slice_of
+from headscope.store.atomic import restore_interrupted
+from headscope.store.content import MapInfo, Tokens, check_head, layer_index, map_place, not_kept, slice_of, tile_span
+from headscope.store.kept import KeptLayer, KeptReader
 from headscope.store.pyramid import MapReader
-from headscope.store.schema import CARD, HEADS, MAPS, STATISTICS, TOKENS, check_version
+from headscope.store.schema import CARD, HEADS, KEPT, MAPS, STATISTICS, TABLES, TOKENS, check_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
 def open_run(path: str | Path) -> Run:
     """Opens a run directory. RunError when it is missing, no run, newer than this code, or has a file missing or of the wrong size.
 
-    Sizes are checked here; a file's checksum when it is first read (`Run.verify` checks all).
+    Sizes are checked here; the checksum of a file, or of the tiles and pieces of q and k that are read, when it is (`Run.verify` checks
+    all). A run that a killed process was replacing is put back first.
     """
-    return Run(Path(path))
+    place = Path(path)
+    restore_interrupted(place)
+    return Run(place)
 
 
 def read_card(path: Path) -> dict[str, Any]:
@@ -84,6 +89,14 @@ class Run:
         return files.read_heads(self.path / HEADS)
 
     @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What active probes found that is no number per head, by "probe.name"."""
+        names = [name for name in self._files if name.startswith(f"{TABLES}/") and name.endswith(".parquet")]
+        for name in names:
+            self._check_sum(name)
+        return {Path(name).stem: files.read_table(self.path / name) for name in names}
+
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         """Layer numbers, ascending: the first axis of statistics and maps."""
         return tuple(sorted({int(layer) for layer in self.heads["layer"]}))
@@ -105,8 +118,10 @@ class Run:
     def _statistics(self) -> files.StatisticsReader | None:
         if STATISTICS not in self._files:
             return None
-        self._check_sum(STATISTICS)
-        return files.StatisticsReader(self.path / STATISTICS)
+        sums = self._files[STATISTICS].get("layers")
+        if sums is None:  # a run of before; a large one takes a while
+            self._check_sum(STATISTICS)
+        return files.StatisticsReader(self.path / STATISTICS, sums)
 
     @property
     def statistics(self) -> list[str]:
@@ -118,6 +133,8 @@ class Run:
         lacks.
         """
         reader = self._statistics
+        if reader is not None:
+            self._check_size(STATISTICS)
         if reader is None:
             raise refusal(RunError, f"statistic {name!r} of {self.path}", "this run keeps none", "profile again with keep_statistics=True")
         if name not in reader.names:
@@ -126,12 +143,7 @@ class Run:
 
     @cached_property
     def _maps(self) -> MapReader | None:
-        if not any(name.startswith(f"{MAPS}/") for name in self._files):
-            return None
-        for name in self._files:
-            if name.startswith(f"{MAPS}/") and name.endswith("zarr.json"):
-                self._check_sum(name)
-        return MapReader(self.path / MAPS)
+        return MapReader(self.path / MAPS) if self._checked_group(MAPS) else None
 
     @property
     def maps(self) -> MapInfo | None:
@@ -140,15 +152,73 @@ class Run:
 
     def map(self, plane: str, layer: int, head: int, level: int = 0) -> np.ndarray:
         """[n, n] float32: one head's block map at a level of its pyramid. RunError for a plane, level, layer or head that the run lacks."""
+        return self._read_map(plane, level, layer, head)
+
+    def tile(self, plane: str, level: int, layer: int, head: int, i: int, j: int) -> np.ndarray:
+        """One tile of a head's map, tile row `i` from the top and column `j`: [rows, columns] float32, TILE a side except at the edges.
+
+        Reads and checks that tile alone; above a causal diagonal there is nothing to read and it is zeros. RunError for what the run lacks.
+        """
+        map_place(self.maps, self.layers, plane, layer, level)
+        return self._read_map(plane, level, layer, head, *tile_span(self.maps, level, i, j))
+
+    def finest(self, plane: str, layer: int) -> np.ndarray:
+        """[H, n, n] float32: level 0 of a layer's heads."""
+        return self._read_map(plane, 0, layer, slice(None))
+
+    def _read_map(self, plane: str, level: int, layer: int, head: int | slice, *cells: slice) -> np.ndarray:
         index = map_place(self.maps, self.layers, plane, layer, level)
         reader = self._maps
         if reader is None:
             raise refusal(RunError, "block maps", "this run was made without them", "profile again with maps=True")
-        check_head(head, reader.heads(plane, level))
+        if not isinstance(head, slice):
+            check_head(head, reader.heads(plane, level))
         name = f"{MAPS}/{reader.file(plane, index, level)}"
-        if name in self._files:  # a shard of nothing but zeros is not written
-            self._check_sum(name)
-        return reader.read(plane, index, head, level)
+        if name in self._files:  # a file of nothing but zeros is not written
+            self._check_size(name)
+            if not reader.checks_itself:
+                self._check_sum(name)
+        return reader.read(plane, level, index, head, *cells)
+
+    @cached_property
+    def _kept(self) -> KeptReader | None:
+        return KeptReader(self.path / KEPT) if self._checked_group(KEPT) else None
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Layers whose q and k are there, so that `window` can recompute them."""
+        return () if self._kept is None else self._kept.layers
+
+    def kept_layer(self, layer: int) -> KeptLayer:
+        """q, k, lse and the facts of a layer's attention call, read when they are sliced. RunError when they were not kept."""
+        reader = self._kept
+        if reader is None or layer not in reader.layers:
+            layer_index(self.layers, layer)
+            raise not_kept(layer, self.kept_layers)
+        return reader.layer(layer)
+
+    def window(self, layer: int, head: int, q0: int, q1: int, k0: int, k1: int) -> np.ndarray:
+        """Exact weights of one head, queries q0..q1-1 on keys k0..k1-1: [q1 - q0, k1 - k0] float32, zero where a key is not visible.
+
+        Recomputed from the q, k and lse that `profile(..., keep=...)` kept; only the pieces of the window are read. RunError when they were
+        not kept, for a head or position that does not exist, and for a window of more than 2^26 weights.
+        """
+        kept = self.kept_layer(layer)
+        check_head(head, kept.heads)
+        for name, at in (("q", head), ("k", head // (kept.heads // kept.kv_heads)), ("lse", head)):
+            place = f"{KEPT}/{layer}/{name}/c.{at}.{'0.0' if name != 'lse' else '0'}"
+            if place in self._files:
+                self._check_size(place)
+        assert self._kept is not None
+        return self._kept.window(layer, head, q0, q1, k0, k1)
+
+    def _checked_group(self, folder: str) -> bool:
+        """Whether the run has a zarr group, its metadata checked."""
+        listed = [name for name in self._files if name.startswith(f"{folder}/")]
+        for name in listed:
+            if name.endswith("zarr.json"):
+                self._check_sum(name)
+        return bool(listed)
 
     def verify(self) -> None:
         """Checks every file's checksum; RunError names the first that is wrong."""

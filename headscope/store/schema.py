@@ -4,7 +4,9 @@
     heads.parquet            one row per head
     statistics.safetensors   row/<name> and column/<name> [L, H, N] of the shown text
     tokens.json              the shown text, its ids and one piece of text per token
-    maps.zarr                zarr v3: block_mass/<level> and block_max/<level> [L, H, n, n]
+    maps.zarr                zarr v3: block_mass/<level> and block_max/<level> [L, H, n, n], in tiles
+    tables/<name>.parquet    what active probes found that is no number per head
+    qk.zarr                  zarr v3: <layer>/q [H, N, D], <layer>/k [Hkv, N, D], <layer>/lse [H, N] of the layers that were kept
 
 A reader that meets a newer schema_version stops; it does not read what it thinks it knows. Older versions are read by this module's
 successors.
@@ -24,6 +26,8 @@ HEADS = "heads.parquet"
 STATISTICS = "statistics.safetensors"
 TOKENS = "tokens.json"
 MAPS = "maps.zarr"
+KEPT = "qk.zarr"
+TABLES = "tables"
 
 
 def check_version(found: Any, where: Path) -> None:
@@ -37,3 +41,8 @@ def check_version(found: Any, where: Path) -> None:
             f"it was written with schema {found} and this headscope reads up to {SCHEMA_VERSION}",
             "update headscope to read it",
         )
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another library as one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -50,6 +50,46 @@ def test_a_model_whose_weights_come_and_go(where, tmp_path):
     assert len(scope.fingerprint) == 16
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["balanced", "by name"])
+def test_a_model_over_two_devices(how, tmp_path):
+    """A model split over two GPUs (or one GPU and host memory) gives the statistics of the same model on one, to the bit."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        max_position_embeddings=1024, attn_implementation="sdpa",
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    second = 1 if torch.cuda.device_count() > 1 else "cpu"
+    names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+    places = {name: second if name.endswith((".2", ".3", "norm", "lm_head")) else 0 for name in names}
+    one = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map={"": 0}).eval()
+    two = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, device_map="balanced" if how == "balanced" else places
+    ).eval()
+    if torch.cuda.device_count() > 1:
+        assert {parameter.device.index for parameter in two.parameters()} == {0, 1}
+    tokens = torch.randint(0, 512, (1, 700), generator=torch.Generator().manual_seed(0))
+    for options in ({"keep": "all"}, {"chunk": 256}, {"generate": 3}):
+        found, expected = Scope(two).capture(tokens, **options), Scope(one).capture(tokens, **options)
+        assert found.backend == expected.backend == "triton"
+        for name in expected.names:
+            for layer in range(4):
+                assert torch.equal(found[name][layer].nan_to_num(), expected[name][layer].nan_to_num()), (name, layer, options)
+    scope = Scope(two)
+    with torch.no_grad():
+        before = two(tokens.to(scope.device)).logits
+        with scope.intervene(HeadMask(heads=[(3, 1)])):
+            masked = two(tokens.to(scope.device)).logits
+        with Scope(one).intervene(HeadMask(heads=[(3, 1)])):
+            expected_logits = one(tokens.to(one.device)).logits
+        assert torch.equal(two(tokens.to(scope.device)).logits, before)
+    assert torch.equal(masked.cpu(), expected_logits.cpu())
+    assert not torch.equal(masked, before)
+
+
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(build, dtype):
@@ -96,6 +136,61 @@ def test_quantised_weights():
     torch.testing.assert_close(stats["entropy"][0], exact["entropy"][0], atol=0.05, rtol=0.05)
     with pytest.raises(CaptureError, match="quantised"):
         head_weights(scope, 0)
+
+
+class Codes(torch.Tensor):
+    """A float tensor kept as int8 codes and scales that knows how to multiply and little else, as torchao's tensors are."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    def __repr__(self):
+        return f"Codes({list(self.shape)})"
+
+    def dequantize(self):
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if function in (torch.ops.aten.t.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            plain = [arg.dequantize() if isinstance(arg, Codes) else arg for arg in args]
+            return function(*plain, **(kwargs or {}))
+        raise NotImplementedError(f"Codes: {function}")
+
+
+def test_weights_in_tensors_of_a_quantisation_library():
+    """Captured and profiled like any other; their circuits are those of the numbers they stand for."""
+    model = make(llama)
+    plain = copy.deepcopy(model)
+    for one, other in zip(model.model.layers, plain.model.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear, twin = getattr(one.self_attn, name), getattr(other.self_attn, name)
+            scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+            codes = (linear.weight.detach() / scale).round().to(torch.int8)
+            linear.weight = torch.nn.Parameter(Codes(codes, scale), requires_grad=False)
+            with torch.no_grad():
+                twin.weight.copy_(codes * scale)
+    scope, expected = Scope(model), Scope(plain)
+    stats, wanted = scope.capture(ids(2, 14)), expected.capture(ids(2, 14))
+    for name in wanted.names:
+        for layer in (0, 1):
+            torch.testing.assert_close(stats[name][layer], wanted[name][layer], atol=1e-5, rtol=1e-5, equal_nan=True)
+    profile = scope.profile(["entropy"], data=ids(1, 20)[0], context=20, progress=False)
+    assert profile.card.model["fingerprint"] == scope.fingerprint != expected.fingerprint
+    model.model.layers[0].self_attn.q_proj.weight.codes[0, 0] += 1
+    assert Scope(model).fingerprint != scope.fingerprint
+    model.model.layers[0].self_attn.q_proj.weight.codes[0, 0] -= 1
+    for part in ("q", "k", "v", "o"):
+        assert torch.equal(getattr(head_weights(scope, 1), part), getattr(head_weights(expected, 1), part))
 
 
 def test_recognising_a_host_imports_no_other_library():

@@ -221,6 +221,8 @@ def test_what_a_trace_cannot_measure_is_refused():
         trace_statistics(scope, tokens, statistics="pairs", pairs={"a": (torch.tensor([3]), torch.tensor([1]))})
     with pytest.raises(StatisticError, match="keep="):
         trace_statistics(scope, tokens, keep="all")
+    with pytest.raises(StatisticError, match="collect="):
+        trace_statistics(scope, tokens, collect=lambda module, values, kept: values)
     with pytest.raises(CaptureError, match="not an nnsight model"):
         trace_statistics(plain, tokens)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +175,8 @@ def read_all(path: Path) -> None:
     for plane in run.maps.planes:
         for level in range(len(run.maps.sizes)):
             for layer in run.layers:
-                run.map(plane, layer, 0, level)
+                for head in range(run.heads_per_layer):
+                    run.map(plane, layer, head, level)
 
 
 def one_line(caught: pytest.ExceptionInfo[RunError], *words: str) -> None:
@@ -214,7 +214,9 @@ def test_file_of_the_right_size_with_wrong_content(run_copy: Path, name: str) ->
     place.write_bytes(bytes(content))
     with pytest.raises(RunError) as caught:
         read_all(run_copy)
-    one_line(caught, name, "checksum")
+    one_line(caught, name.split("/")[0], "block_mass level 0" if "block_mass" in name else "checksum", "content is not what was written")
+    if name == "statistics.safetensors":
+        assert "of row/argmax, layer 0" in str(caught.value)  # the middle of the file
     with pytest.raises(RunError, match="checksum"):
         open_run(run_copy).verify()
 
@@ -308,103 +310,35 @@ def test_only_what_is_asked_for_is_read(run_copy: Path) -> None:
     assert len(run.heads) == LAYERS * HEADS
     assert run.statistic("row/entropy", 0, 0).shape == (TOKENS,)
     assert run.map("block_mass", 0, 0).shape == (19, 19)
-    with pytest.raises(RunError, match="checksum"):
+    with pytest.raises(RunError, match="content is not what was written"):
         run.map("block_mass", 1, 0)
 
 
-def test_an_existing_path_is_refused_unless_asked(run_copy: Path, tmp_path: Path) -> None:
-    profile = HeadProfile(table(), card())
-    with pytest.raises(RunError, match="exists already"):
-        profile.save(run_copy)
-    assert (run_copy / "maps.zarr").is_dir()
-    profile.save(run_copy, overwrite=True)
-    assert not (run_copy / "maps.zarr").exists()
-    open_run(run_copy).verify()
-    other = tmp_path / "thesis"
-    other.mkdir()
-    (other / "chapter.txt").write_text("years of work")
-    with pytest.raises(RunError, match="not a run directory"):
-        profile.save(other, overwrite=True)
-    assert (other / "chapter.txt").read_text() == "years of work"
-    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+def test_one_heads_statistics_are_checked_without_the_others(run_copy: Path) -> None:
+    place = run_copy / "statistics.safetensors"
+    data = bytearray(place.read_bytes())
+    data[-100] ^= 0xFF  # row/entropy of the last layer
+    place.write_bytes(bytes(data))
+    run = open_run(run_copy)
+    assert run.statistic("row/argmax").shape == (LAYERS, HEADS, TOKENS)
+    assert run.statistic("row/entropy", 0, 3).shape == (TOKENS,)
+    for ask in ((1, 0), (1, None), (None, 2)):
+        with pytest.raises(RunError, match="wrong checksum of row/entropy, layer 1"):
+            run.statistic("row/entropy", *ask)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import headscope.store.write as write
-
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(write.files, "write_tokens", full_disk)
-    with pytest.raises(RunError, match="No space left"):
-        a_profile().save(tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RunError, match="cannot be written"):
-        HeadProfile(table(), card()).save(tmp_path / "file" / "run")
-
-
-KILLED = """
-import os, signal, sys
-import pandas as pd
-import headscope.store.write as write
-from headscope.store import RunContent, Tokens
-
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-write.files.write_tokens = kill
-heads = pd.DataFrame({"layer": [0], "head": [0], "kv_head": [0], "module": ["m"], "kind": ["full"], "roles": [[]], "reasons": [{}]})
-write.write_run(sys.argv[1], {"created": ""}, heads, RunContent((0,), Tokens("a", (1,), ("a",))))
-"""
-
-
-def reading_environment() -> dict[str, str]:
-    """An environment in which a child process finds the same headscope."""
-    import headscope
-
-    source = str(Path(next(iter(headscope.__path__))).parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-
-
-def test_a_killed_writer_leaves_no_run_and_the_next_one_clears_up(tmp_path: Path) -> None:
-    target = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(target)], env=reading_environment(), capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    left = list(tmp_path.iterdir())
-    assert [entry.name.startswith(".run.") for entry in left] == [True]
-    assert (left[0] / "heads.parquet").exists()
-    assert list_runs(tmp_path) == []
-    HeadProfile(table(), card()).save(target)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
-
-
-def test_an_unfinished_sibling_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
-    from headscope.store.atomic import atomic_directory
-
-    with atomic_directory(tmp_path / "run") as folder:
-        with atomic_directory(tmp_path / "run") as other:
-            (other / "card.json").write_text("{}")
-        assert folder.is_dir()
-        shutil.rmtree(tmp_path / "run")
-    assert (tmp_path / "run").is_dir()
-
-
-def test_a_run_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    from headscope.store.atomic import atomic_directory
-
-    def write() -> None:
-        with atomic_directory(tmp_path / "run") as folder:
-            (folder / "card.json").write_text("second")
-            (tmp_path / "run").mkdir()
-            (tmp_path / "run" / "card.json").write_text("first")
-
-    with pytest.raises(RunError, match="exists already"):
-        write()
-    assert (tmp_path / "run" / "card.json").read_text() == "first"
+def test_statistics_of_a_run_that_lists_no_checksums_of_layers(run_copy: Path) -> None:
+    """As the first headscope wrote it: the file's own checksum is checked."""
+    value = json.loads((run_copy / "card.json").read_text())
+    value["files"]["statistics.safetensors"].pop("layers")
+    edit_card(run_copy, files=value["files"])
+    np.testing.assert_array_equal(open_run(run_copy).statistic("row/entropy", 1), content().arrays["row/entropy"][1])
+    place = run_copy / "statistics.safetensors"
+    data = bytearray(place.read_bytes())
+    data[-100] ^= 0xFF
+    place.write_bytes(bytes(data))
+    with pytest.raises(RunError, match="checksum"):
+        open_run(run_copy).statistic("row/argmax", 0, 0)
 
 
 def test_list_runs_names_the_damaged(saved: Path, tmp_path: Path) -> None:
@@ -427,11 +361,20 @@ def test_write_run_takes_plain_data(tmp_path: Path) -> None:
     assert open_run(path).card.numbers == {"sink_rate": 0.5}
 
 
+def reading_environment() -> dict[str, str]:
+    """An environment in which a child process finds the same headscope."""
+    import headscope
+
+    source = str(Path(next(iter(headscope.__path__))).parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+
+
 READER = """
 import sys
 from headscope.profile import HeadProfile
 found = HeadProfile.load(sys.argv[1])
 assert len(found.table) == 8 and found.map("block_mass", 0, 0).shape == (19, 19) and found.statistic("row/entropy").ndim == 3
+assert found.tile("block_max", 0, 1, 2, 0, 0).shape == (19, 19) and found.kept_layers == ()
 assert "torch" not in sys.modules, "reading a run loaded torch"
 """
 
