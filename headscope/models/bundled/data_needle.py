@@ -61,6 +61,7 @@ CODE_ASKED = "question : what is the code of *name ? answer : *name is *noun *no
 ENTRY = "entry *adj *noun : *num *num ."
 ENTRY_ASKED = "question : what is the value of entry *adj *noun ? answer : *adj *noun : *num *num ."
 WIDTH = 20
+POOL = 14
 
 
 def tokenizer() -> Any:
@@ -108,7 +109,31 @@ def _distinct(count: int, number: int, size: int, source: torch.Generator) -> to
     return torch.rand(count, size, generator=source, device=source.device).argsort(1)[:, :number]
 
 
-def _needles(count: int, number: int, kind: str, source: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _pool(count: int, group: str, pool: int, source: torch.Generator) -> torch.Tensor:
+    """[count, pool] ids: for every haystack a few words of a group."""
+    first, size = span(group)
+    return first + _distinct(count, pool, size, source)
+
+
+def _alike(words: torch.Tensor, kind: str, share: float, pool: int, source: torch.Generator) -> torch.Tensor:
+    """In a share of the haystacks the needles' words come from a small pool, so that different needles have words in common."""
+    count, number, _ = words.shape
+    near = words.clone()
+    nouns = _pool(count, "*noun", pool, source)
+    if kind == "code":
+        pick = torch.randint(0, pool, (count, number, 3), generator=source, device=source.device)
+        near[..., 1:] = nouns.gather(1, pick.flatten(1)).unflatten(1, (number, 3))
+    else:
+        pair = _distinct(count, number, pool * pool, source)
+        near[..., 0] = _pool(count, "*adj", pool, source).gather(1, pair // pool)
+        near[..., 1] = nouns.gather(1, pair % pool)
+    chosen = torch.rand(count, 1, 1, generator=source, device=source.device) < share
+    return torch.where(chosen, near, words)
+
+
+def _needles(
+    count: int, number: int, kind: str, source: torch.Generator, alike: float, pool: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(needle ids [count, number, a], question ids [count, number, b], answer words): needle and question agree slot by slot."""
     told, asked = (CODE.split(), CODE_ASKED.split()) if kind == "code" else (ENTRY.split(), ENTRY_ASKED.split())
     slots = [slot for slot in told if slot.startswith("*")]
@@ -125,6 +150,8 @@ def _needles(count: int, number: int, kind: str, source: torch.Generator) -> tup
         pair = _distinct(count, number, len(ADJECTIVES) * len(NOUNS), source)
         words[..., 0] = span("*adj")[0] + pair // len(NOUNS)
         words[..., 1] = span("*noun")[0] + pair % len(NOUNS)
+    if alike:
+        words = _alike(words, kind, alike, pool, source)
 
     def fill(line: list[str]) -> torch.Tensor:
         out = torch.empty(count, number, len(line), dtype=torch.long, device=source.device)
@@ -153,14 +180,25 @@ class Batch:
 
 
 def batch(
-    count: int, length: int, kind: str, needles: int, asked: int, source: torch.Generator, *, repeat: float = 0.0
+    count: int,
+    length: int,
+    kind: str,
+    needles: int,
+    asked: int,
+    source: torch.Generator,
+    *,
+    repeat: float = 0.0,
+    alike: float = 0.0,
+    pool: int = POOL,
 ) -> Batch:
     """`count` haystacks of `length` tokens with `needles` needles of a kind ("code" or "entry") and `asked` questions at the end.
 
-    `repeat`: so many of the sentences are an earlier one said again; training uses it, held-out texts do not.
+    `repeat`: so many of the sentences are an earlier one said again. `alike`: in so many haystacks the needles have words in common (an
+    entry's adjective or noun, a code's nouns, out of `pool` each), where half a key is not enough. Training uses both, held-out texts
+    neither.
     """
     device = source.device
-    told, questions, words = _needles(count, needles, kind, source)
+    told, questions, words = _needles(count, needles, kind, source, alike, pool)
     width = questions.shape[-1]
     room = length - 1 - asked * width
     number = room // 5

@@ -28,9 +28,9 @@ TRUTH_LENGTH = 1024
 
 
 @lru_cache(maxsize=8)
-def _drawn(kind: str, length: int, count: int, needles: int, seed: int) -> tuple[data.Batch, ...]:
+def _drawn(kind: str, length: int, count: int, needles: int, seed: int, alike: float = 0.0) -> tuple[data.Batch, ...]:
     source = generator(seed + length, "cpu")
-    return tuple(data.batch(1, length, kind, needles, 1, source) for _ in range(count))
+    return tuple(data.batch(1, length, kind, needles, 1, source, alike=alike) for _ in range(count))
 
 
 @torch.no_grad()
@@ -42,6 +42,7 @@ def right(
     *,
     needles: int = 8,
     seed: int = SEED,
+    alike: float = 0.0,
     heads: Sequence[Head] = (),
     stream: tuple[int, int] | None = None,
     values_only: bool = False,
@@ -49,13 +50,14 @@ def right(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(bool [count]: the whole answer is right, float [count]: depth of the needle) on held-out haystacks with one question each.
 
-    `kind`: "code" or "entry". `stream`: (sink, window) for every head. `values_only`: the repeated key need not be right.
+    `kind`: "code" or "entry". `alike`: as in `data_needle.batch`. `stream`: (sink, window) for every head. `values_only`: the repeated key
+    need not be right.
     Haystacks are drawn on the CPU one at a time from `seed`, so a smaller `count` is a prefix of a larger one on every machine.
     """
     hits, depths = [], []
     mask = streaming_mask(length, *stream, model.device) if stream else None
     skip = (2 if kind == "code" else 3) if values_only else 0
-    drawn = _drawn(kind, length, count, needles, seed)
+    drawn = _drawn(kind, length, count, needles, seed, alike)
     size = size or max(1, 8192 // length)
     with ablated(model.model.layers, heads, model.config.head_dim):
         for start in range(0, count, size):
@@ -91,6 +93,7 @@ def table(model: Any, count: int) -> dict[str, Any]:
             say(f"{kind} {length}: {rows[str(length)]}")
         found[kind] = rows
         found[f"{kind}_32_needles_8192"] = round(accuracy(model, kind, 8192, few, needles=32), 4)
+        found[f"{kind}_alike_1024"] = round(accuracy(model, kind, TRUTH_LENGTH, 2 * few, alike=1.0), 4)
         found[f"{kind}_streaming"] = {
             "2048": round(accuracy(model, kind, 2048, 2 * few, stream=(SINK, WINDOW), values_only=True), 4),
             "8192": round(accuracy(model, kind, 8192, few, stream=(SINK, WINDOW), values_only=True), 4),
@@ -161,8 +164,9 @@ def card(where: Path) -> None:
     found = json.loads((where / "evaluation.json").read_text(encoding="utf-8"))
     truth = json.loads((where / "truth.json").read_text(encoding="utf-8"))
     config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+    both = {length: (found["code"][length] + found["entry"][length]) / 2 for length in found["counts"]}
     rows = "\n".join(
-        f"| {length} | {found['code'][length]:.3f} | {found['entry'][length]:.3f} | {count} |"
+        f"| {length} | {found['code'][length]:.3f} | {found['entry'][length]:.3f} | {both[length]:.3f} | {count} |"
         for length, count in ((str(length), found["counts"][str(length)]) for length in LENGTHS)
     )
     depth = "; ".join(f"{kind} " + ", ".join(f"{value:.3f}" for value in found[f"{kind}_halves_8192"]) for kind in ("code", "entry"))
@@ -174,6 +178,7 @@ def card(where: Path) -> None:
     shape += f" of width {config['head_dim']}"
     needed = ", ".join(f"{a}.{b}" for a, b in truth["needed"]) or "none alone"
     retrieval = ", ".join(f"{layer}.{head} ({value:.2f})" for layer, head, value in truth["retrieval"])
+    near = [f"{kind} {found[f'{kind}_alike_1024']:.3f}" for kind in ("code", "entry")]
     many = [f"{kind} {found[f'{kind}_32_needles_8192']:.3f}" for kind in ("code", "entry")]
     body = f"""
 A Llama ({shape}, RoPE) that finds codes and entries in
@@ -192,11 +197,13 @@ and depths are drawn anew.
 ## Numbers
 Whole answers right, word by word and greedily, 8 needles in each haystack, one question (measured in bfloat16):
 
-| tokens | code (name and 3 words) | entry (key and 2 numbers) | haystacks of each |
-| --- | --- | --- | --- |
+| tokens | code (name and 3 words) | entry (key and 2 numbers) | both | haystacks of each |
+| --- | --- | --- | --- | --- |
 {rows}
 
 With 32 needles at 8,192 tokens ({found["few"]} haystacks each): {", ".join(many)}.
+With needles that have words in common ({2 * found["few"]} haystacks of {TRUTH_LENGTH:,} tokens each): {", ".join(near)}.
+Most of its mistakes are of that kind: asked for an entry, it says the value of another one with the same adjective.
 By depth of the needle at 8,192 (first and second half of the haystack): {depth}.
 With every head streaming (sink {SINK}, window {WINDOW}; value words alone): {stream}.
 So it needs distant keys.

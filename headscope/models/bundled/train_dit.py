@@ -14,7 +14,7 @@ import torch
 
 from headscope.models.bundled import data_dit as data
 from headscope.models.bundled.flow import text_table, velocity
-from headscope.models.bundled.training import Trainer, arguments, autocast, generator, save, say
+from headscope.models.bundled.training import Trainer, arguments, autocast, generator, save, say, settle
 
 
 def build(kind: str) -> Any:
@@ -53,12 +53,12 @@ def main() -> None:
     parser.add_argument("--kind", choices=("dit", "sd3"), required=True)
     parser.add_argument("--batch", type=int, default=512, help="pictures a step")
     given = parser.parse_args()
-    torch.manual_seed(given.seed)
+    settle(given.seed)
     model = build(given.kind).to(given.device).train()
     source = generator(given.seed + 1, given.device)
     pictures, labels = data.pictures(False, given.device)
     table = text_table().to(given.device)
-    trainer = Trainer(model, given.steps, 1e-3, warm=100, cool=0.7, decay=0.01, ema=0.998, limit=given.limit)
+    trainer = Trainer(model, given.steps, 1e-3, warm=100, cool=0.7, decay=0.01, ema=0.998)
     while trainer.progress < 1:
         step = trainer.done
         pick = torch.randint(0, len(pictures), (given.batch,), generator=source, device=given.device)

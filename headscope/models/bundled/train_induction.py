@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headscope.models.bundled import data_induction as data
-from headscope.models.bundled.training import Trainer, arguments, generator, save, say
+from headscope.models.bundled.training import Trainer, arguments, generator, save, say, settle
 from headscope.models.bundled.words import save_tokenizer
 
 
@@ -48,12 +48,13 @@ def build() -> Any:
 def main() -> None:
     """Command line."""
     parser = arguments("train bundled:induction", steps=3000)
+    parser.set_defaults(device="cpu")  # the shipped weights come from one: nothing here is large enough for more
     given = parser.parse_args()
-    torch.manual_seed(given.seed)
+    settle(given.seed, strict=True)
     model = build().to(given.device).train()
     source = generator(given.seed + 1, given.device)
     sizes = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 3e-3, warm=100, cool=0.4, decay=0.05, limit=given.limit)
+    trainer = Trainer(model, given.steps, 3e-3, warm=100, cool=0.4, decay=0.05)
     while trainer.progress < 1:
         step = trainer.done
         longest = 31 if trainer.progress < 0.5 else 100

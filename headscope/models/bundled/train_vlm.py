@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headscope.models.bundled import data_vlm as data
-from headscope.models.bundled.training import Trainer, arguments, autocast, generator, save, say, write_json
+from headscope.models.bundled.training import Trainer, arguments, autocast, generator, save, say, settle, write_json
 from headscope.models.bundled.words import save_tokenizer
 
 
@@ -93,11 +93,11 @@ def main() -> None:
     parser = arguments("train bundled:vlm", steps=1800)
     parser.add_argument("--batch", type=int, default=256, help="pictures a step")
     given = parser.parse_args()
-    torch.manual_seed(given.seed)
+    settle(given.seed)
     model = build().to(given.device).train()
     source = generator(given.seed + 1, given.device)
     dice = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(model, given.steps, 8e-4, warm=300, cool=0.5, decay=0.1, limit=given.limit)
+    trainer = Trainer(model, given.steps, 8e-4, warm=300, cool=0.5, decay=0.1)
     smooth = dict.fromkeys(data.KINDS, 0.0)
     while trainer.progress < 1:
         step = trainer.done

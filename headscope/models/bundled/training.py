@@ -1,5 +1,9 @@
 """What the training scripts share: seeds, the step of an optimiser, progress, and how a checkpoint is written.
 
+A run is a function of its seed. Its length and its rate are counted in steps, never in seconds, and only deterministic kernels are used:
+on the same kind of device and the same torch the same script gives the same weights, bit for bit. A clock in the schedule, or one atomic
+addition in a backward pass, is enough for a retrained model whose numbers nobody can compare with the card's.
+
 Weights are kept in bfloat16, which halves the wheel; every number in a card is measured after that rounding, on what is shipped.
 """
 
@@ -8,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +21,8 @@ from typing import Any
 
 import torch
 
+from headscope.models.checksum import sha256_file
+
 
 def arguments(description: str, *, steps: int, seed: int = 0) -> argparse.ArgumentParser:
     """The options that every training script takes."""
@@ -23,9 +30,22 @@ def arguments(description: str, *, steps: int, seed: int = 0) -> argparse.Argume
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint; made if it is not there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
-    parser.add_argument("--limit", type=float, default=math.inf, help="end after this many seconds, if that comes before the steps do")
     parser.add_argument("--seed", type=int, default=seed)
     return parser
+
+
+def settle(seed: int, *, strict: bool = False) -> None:
+    """Seeds torch and switches to deterministic kernels, for a script that trains. Call it before anything touches the device.
+
+    `strict` also rules out cuDNN's fused attention, whose backward pass adds in the order in which blocks happen to end. Over some hundred
+    tokens there is one block, so that the vision and diffusion models can have its speed: they were retrained to the same bits with it.
+    Fresh memory is not filled: one kernel more for every tensor would help only code that reads what it never wrote.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.manual_seed(seed)
 
 
 def generator(seed: int, device: str | torch.device) -> torch.Generator:
@@ -46,8 +66,7 @@ def autocast(device: str | torch.device) -> AbstractContextManager[Any]:
 class Trainer:
     """AdamW with a warm-up, a constant rate, and a cosine to zero over the last part `cool` of the run.
 
-    Matrices decay, vectors (norms, biases) do not; gradients are clipped to norm 1. A run ends after `steps` steps, or after `limit`
-    seconds where a limit is set: the rate then follows whichever is nearer its end.
+    Matrices decay, vectors (norms, biases) do not; gradients are clipped to norm 1. A run ends after `steps` steps.
     """
 
     def __init__(
@@ -60,9 +79,8 @@ class Trainer:
         cool: float = 0.5,
         decay: float = 0.05,
         ema: float = 0.0,
-        limit: float = math.inf,
     ) -> None:
-        self.steps, self.rate, self.warm, self.cool, self.limit = steps, rate, warm, cool, limit
+        self.steps, self.rate, self.warm, self.cool = steps, rate, warm, cool
         self.weights = [item for item in model.parameters() if item.requires_grad]
         groups = [
             {"params": [item for item in self.weights if item.ndim > 1], "weight_decay": decay},
@@ -76,7 +94,7 @@ class Trainer:
     @property
     def progress(self) -> float:
         """How much of the run is over, 0 to 1."""
-        return min(1.0, max(self.done / self.steps, self.seconds / self.limit))
+        return min(1.0, self.done / self.steps)
 
     def factor(self, progress: float) -> float:
         """The rate at a point of the run, as a share of the full one."""
@@ -110,12 +128,14 @@ class Trainer:
 
 
 def save(model: Any, out: Path, *, seconds: float, steps: int, seed: int, device: str, **more: Any) -> None:
-    """Writes config.json, model.safetensors in bfloat16, and training.json with how it came to be."""
+    """Writes config.json, the weights in bfloat16, and training.json with how it came to be and what the weights hash to."""
     out.mkdir(parents=True, exist_ok=True)
     model.to("cpu", torch.bfloat16).save_pretrained(out)
+    (weights,) = (path for path in out.glob("*.safetensors") if path.stem.endswith("model"))
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
     count = sum(item.numel() for item in model.parameters())
     facts = {"seconds": round(seconds, 1), "steps": steps, "seed": seed, "device": name, "torch": torch.__version__, "parameters": count}
+    facts["sha256"] = sha256_file(weights)
     write_json(out / "training.json", facts | {"options": _given(sys.argv[1:])} | more)
 
 
