@@ -88,7 +88,7 @@ def gather_weights(call: AttentionCall, lse: Tensor, head: int, queries: Tensor,
 
 
 def _indices(what: str, positions: Tensor, offset: int, count: int, like: Tensor) -> Tensor:
-    index = torch.as_tensor(positions, dtype=torch.int64, device=like.device).reshape(-1) - offset
+    index = torch.as_tensor(positions, dtype=torch.int64).reshape(-1) - offset  # where it lies: a look at a GPU's would wait for it
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
         low, high = int(index.min()) + offset, int(index.max()) + offset
         raise refusal(
@@ -97,7 +97,7 @@ def _indices(what: str, positions: Tensor, offset: int, count: int, like: Tensor
             f"the call holds {offset}..{offset + count - 1}",
             "pass positions among those",
         )
-    return index
+    return index.to(like.device, non_blocking=True)
 
 
 @torch.no_grad()

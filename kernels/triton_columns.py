@@ -134,7 +134,7 @@ def columns_kernel(q, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, 
                    stride_ab, stride_ah, stride_aq, stride_ak, stride_bb, stride_bh, stride_bq, stride_bk, stride_tq, stride_tk,
                    scale2, slope, cap2, Hq, group, Nq, Nk, q_offset, k_offset, q_shift, k_shift, near, fai_lo, fai_hi, cells_q, cells_k,
                    diagonal_start, diagonals, segments,
-                   COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr,
+                   EDGES: tl.constexpr, COLUMNS: tl.constexpr, FAI: tl.constexpr, MASS: tl.constexpr, TOP: tl.constexpr, CELL: tl.constexpr,
                    DIAGONAL: tl.constexpr, SEGMENTED: tl.constexpr, GUARD: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr,
                    CAUSAL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    TMA: tl.constexpr,
@@ -143,7 +143,7 @@ def columns_kernel(q, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, 
     +inf on rows that do not count.
 
     FAI is 0, 1 (closed band fai_lo .. fai_hi) or 2 (from fai_lo to the end); CELL the side of a map cell, at most BM and BN;
-    GUARD: some queries are padding.
+    GUARD: some queries are padding. EDGES leaves the tiles that `gluon_interior` takes out.
     """
     i_k = tl.program_id(0)
     i_bh = tl.program_id(1)
@@ -162,6 +162,13 @@ def columns_kernel(q, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, 
     a_max = k_offset + tl.minimum(o_k + BN, Nk) - 1
     begin, f0, f1, g0, g1, end = tile_ranges(
         b_lo, b_hi, 0, k_offset + tl.maximum(o_k, 0), a_max, q_offset, Nq, near, q_shift, is_dense, BM, CAUSAL, False)
+    if EDGES:
+        # the first 256 rows to which this tile is interior
+        i_g = (tl.maximum(o_k + BN + near - 1 - q_offset + k_offset, 0) + 255) // 256
+        f0 = begin
+        f1 = begin
+        g0 = tl.maximum(begin, tl.minimum(end, i_g * (256 // BM)))
+        g1 = end
     b_k = load_tile(k, i_b, i_h // group, o_k, Nk, stride_kb, stride_kh, stride_kn, stride_kd, D, DP, BN, TMA, UPCAST)
     b_c = tl.zeros([BN], tl.float32)
     b_f = tl.zeros([BN], tl.float32)
@@ -183,7 +190,7 @@ def columns_kernel(q, k, ref, lo, hi, dense, key_valid, q_segments, k_segments, 
         stride_bb, stride_bh, stride_bq, stride_bk, stride_tq,
         scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, q_shift, fai_lo, fai_hi, cells_q, cells_k, diagonal_start, diagonals, segments,
         True, COLUMNS, FAI, MASS, TOP, CELL, DIAGONAL, SEGMENTED, GUARD, ELEMENT, SOFTCAP, CAUSAL, D, DP, BM, BN, TMA, UPCAST)
-    if (ELEMENT & 12) == 0:
+    if (ELEMENT & 12) == 0 and not EDGES:
         # with an explicit mask or a bias no tile is full
         b_c, b_f = _walk(
             b_c, b_f, b_k, q, ref, b_lo, b_hi, b_keys, k_offset + o_k, b_seg, a_max, f1 - f0 + g1 - g0, f0, f1 - f0, g0, 0, 0,

@@ -167,7 +167,7 @@ def _walk(b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o,
 
 @triton.jit(
     do_not_specialize=["Nq", "Nk", "q_offset", "k_offset", "near", "sink_tokens", "local_window", "waad_window",
-        "n_splits", "stride_raw", "stride_ib", "stride_db", "stride_fb",
+        "n_splits", "stride_raw", "stride_ref", "stride_ib", "stride_db", "stride_fb",
         "stride_lb", "Hq", "group"]
 )
 def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments, k_segments, allowed, bias, labels,
@@ -177,9 +177,9 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
                 stride_ib, stride_db, stride_fb, stride_ab, stride_ah, stride_aq, stride_ak,
                 stride_bb, stride_bh, stride_bq, stride_bk, stride_lb, stride_raw,
                 scale2, slope, cap2, Hq, group, Nq, Nk, q_offset, k_offset, near,
-                sink_tokens, local_window, waad_window, n_splits,
-                GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr, WAAD: tl.constexpr,
-                SINK: tl.constexpr, LOCAL: tl.constexpr, ROWMAX: tl.constexpr, WIN: tl.constexpr, CLASSES: tl.constexpr,
+                sink_tokens, local_window, waad_window, n_splits, stride_ref,
+                EDGES: tl.constexpr, GIVEN: tl.constexpr, ENTROPY: tl.constexpr, DISTANCE: tl.constexpr, SQUARE: tl.constexpr,
+                WAAD: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, ROWMAX: tl.constexpr, WIN: tl.constexpr, CLASSES: tl.constexpr,
                 OUT: tl.constexpr, ELEMENT: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
                 D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 SINK_LOGITS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr):
@@ -187,7 +187,8 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
 
     Slot 0 is the reference of the exponentials (the running maximum, or the given lse), slot 1 the sum (given lse: the largest exponent);
     ENTROPY, DISTANCE, SQUARE, WAAD, SINK, LOCAL and WIN are the slots of the others. All in log2 units; `finish_kernel`
-    makes values of them.
+    makes values of them. `ref` [B * Hq, stride_ref]: the given lse. EDGES leaves the tiles that `gluon_interior` takes out, but for their
+    sink tokens.
     """
     # the longest rows of a causal head first: the last programs to run are then the short ones
     i_q = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -211,6 +212,11 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
         first_token = tl.load(first + i_b * stride_fb).to(tl.int32)
         floor = first_token + sink_tokens - k_offset
     begin, f0, f1, g0, g1, end = tile_ranges(b_lo, b_hi, floor, a_min, a_max, k_offset, Nk, near, 0, is_dense, BN, CAUSAL, True)
+    if EDGES:
+        f0 = begin
+        f1 = tl.maximum(begin, tl.minimum(end, tl.maximum(o_q // 256 * 256 + q_offset - k_offset - near + 1, 0) // BN))
+        g0 = f1
+        g1 = f1
     if n_splits > 1:
         per = (end - begin + n_splits - 1) // n_splits
         begin = tl.minimum(begin + i_split * per, end)
@@ -234,7 +240,7 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
     b_cl = b_z
     b_o = b_z
     if GIVEN:
-        b_ref = tl.load(ref + i_bh.to(tl.int64) * Nq + b_rows, mask=m_r, other=float("inf"))
+        b_ref = tl.load(ref + i_bh.to(tl.int64) * stride_ref + b_rows, mask=m_r, other=float("inf"))
     if CLASSES > 0:
         b_cl = tl.zeros([BM, CLASSES], tl.float32)
     if OUT:
@@ -251,7 +257,14 @@ def rows_kernel(q, k, v, ref, sinks, lo, hi, dense, first, key_valid, q_segments
         scale2, slope, cap2, Hq, Nq, Nk, q_offset, k_offset, sink_tokens, local_window, waad_window,
         True, GIVEN, ENTROPY >= 0, DISTANCE >= 0, SQUARE >= 0, WAAD >= 0, SINK >= 0, LOCAL >= 0, ROWMAX, WIN >= 0, CLASSES,
         OUT, ELEMENT, SOFTCAP, CAUSAL, D, DP, DV, DVP, BM, BN, TMA, UPCAST)
-    if (ELEMENT & 12) == 0:
+    if EDGES and SINK >= 0:
+        for i_k in range(0, tl.minimum(f1, (tl.maximum(floor, 0) + BN - 1) // BN)):
+            b_keys = i_k * BN + tl.arange(0, BN)
+            b_k = load_tile(k, i_b, i_kh, i_k * BN, Nk, stride_kb, stride_kh, stride_kn, stride_kd, D, DP, BN, TMA, UPCAST)
+            b_y = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale2 - b_ref[:, None]
+            m_si = (k_offset + b_keys >= first_token) & (b_keys < floor)
+            b_si += tl.sum(tl.where(m_si[None, :], tl.exp2(b_y), 0.0), 1)
+    if (ELEMENT & 12) == 0 and not EDGES:
         # with an explicit mask or a bias no tile is full
         b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o = _walk(
             b_m, b_z, b_x, b_d1, b_d2, b_wa, b_si, b_lc, b_win, b_cl, b_o, b_q, k, v, b_ref, b_lo, b_hi, b_rows, b_t, a_min,

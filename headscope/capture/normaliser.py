@@ -119,7 +119,10 @@ def _direct(given: dict[str, Any]) -> tuple[int, Callable[[], tuple[Tensor, Tens
     """The number of the kernel that torch would choose, and a call of it that also returns the lse; None for the others."""
     query, key, value = (given[name] for name in NAMES[:3])
     causal, scale, grouped = bool(given.get("is_causal")), given.get("scale"), bool(given.get("enable_gqa"))
-    kernel = int(torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped))
+    choice = getattr(torch, "_fused_sdp_choice", None)  # torch's own, and not public: without it the lse is found by a sweep
+    if choice is None:
+        return None
+    kernel = int(choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped))
 
     def cudnn() -> tuple[Tensor, Tensor]:
         both = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, False, scale=scale)

@@ -19,6 +19,7 @@ from headscope.capture.verify import Comparison, compare_output, signature
 from headscope.errors import CaptureError, refusal
 from headscope.statistics import HeadStatistics
 from headscope.statistics.accumulate import LayerAccumulator
+from headscope.statistics.offload import start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +130,8 @@ class Observer:
     def _settle(self) -> None:
         """Read the outputs' comparisons that a GPU has been asked for."""
         compared, self._compared = self._compared, []
+        if compared:
+            start()  # reading waits for the device; what it has measured can be on its way meanwhile
         for one in compared:
             one.settle()
 

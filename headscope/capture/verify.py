@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from headscope.call import AttentionCall
 
-ROWS = 8
+ROWS, FEW = 8, 3
+MUCH = 1 << 25
+"""Scores of ROWS rows beyond which a call on a GPU is checked on FEW."""
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest error of a row's output, relative to the row's length (Euclidean); float32 on a GPU may run in TF32 and gets 2e-3. Errors of
 reading are of order 1; those of a float64 model are its eager softmax's, which runs in float32."""
@@ -129,7 +131,8 @@ def _finite(call: AttentionCall) -> Tensor:
 def _chosen_rows(call: AttentionCall) -> Tensor:
     """Up to ROWS row numbers: the first and last, evenly between, and, where there is padding, from the real tokens of each sequence."""
     count = call.q.shape[2]
-    rows = set(torch.linspace(0, count - 1, min(ROWS, count)).long().tolist())
+    most = FEW if call.q.is_cuda and ROWS * call.q.shape[0] * call.q.shape[1] * call.k.shape[2] > MUCH else ROWS
+    rows = set(torch.linspace(0, count - 1, min(most, count)).long().tolist())
     valid = call.mask.query_valid
     if valid is not None:
         for one in valid[: ROWS // 2].cpu():

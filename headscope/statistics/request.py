@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -13,6 +13,21 @@ from headscope.statistics.definitions import DEFINITIONS, PASSIVE, definition
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from headscope.statistics.accumulate import Kept
+
+
+class LayerCollector(Protocol):
+    """Takes each layer when the row before position `length` is measured.
+
+    Called with the module's name, its statistics (name -> tensor on the CPU, as HeadStatistics documents) and its Kept q and k, or None.
+    What it returns takes the statistics' place in the HeadStatistics: those that it leaves out are gone. Rows that come later are refused.
+    """
+
+    length: int
+
+    def __call__(self, module: str, values: dict[str, Tensor], kept: Kept | None) -> dict[str, Tensor]:
+        """The statistics to go on with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +47,8 @@ class StatisticsRequest:
     - `layers`: layers (numbers or module names) to measure; None means all.
     - `keep`: layers whose q and k are kept (on the CPU, in the model's dtype), so that any window of A can be recomputed exactly
       by `HeadStatistics.weights`; None keeps none, "all" keeps all. Keeping implies `lse`.
+    - `collect`: a LayerCollector that is handed each layer of the main stack as soon as it is complete, so that a long text's maps, q and
+      k need not be in memory for all layers at once.
     """
 
     names: tuple[str, ...] = PASSIVE
@@ -47,6 +64,7 @@ class StatisticsRequest:
     rows: Tensor | None = None
     layers: tuple[int | str, ...] | None = None
     keep: tuple[int | str, ...] | str | None = None
+    collect: LayerCollector | None = None
 
     def __post_init__(self) -> None:
         names = expand_names(self.names)

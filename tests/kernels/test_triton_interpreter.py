@@ -17,6 +17,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the gpu extra is not installed")
 
 import headscope.kernels.triton_measure as triton_measure
+import headscope.kernels.triton_run as triton_run
 from headscope.call import AttentionCall, MaskFacts
 from headscope.kernels.naive import naive_lse, naive_weights
 from headscope.kernels.triton_launch import Tile, use_tile
@@ -40,7 +41,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles small enough that short sequences have full tiles, partial tiles and edges; every buffer starts as NaN."""
-    monkeypatch.setattr(triton_measure, "POISON", True)
+    monkeypatch.setattr(triton_run, "POISON", True)
     with use_tile("rows", Tile(32, 32)), use_tile("columns", Tile(32, 32)), use_tile("out", Tile(32, 32)):
         yield
 
