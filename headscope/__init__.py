@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headscope.profile import HeadProfile, RunCard, compare
     from headscope.scope import Scope
     from headscope.statistics import HeadStatistics, StatisticsRequest
+    from headscope.sweeps import Sweep, sweep
     from headscope.topology import Topology
 
 __version__ = "0.1.0"
@@ -36,9 +37,11 @@ _NAMES = {
     "RunCard": "headscope.profile",
     "Scope": "headscope.scope",
     "StatisticsRequest": "headscope.statistics",
+    "Sweep": "headscope.sweeps",
     "Topology": "headscope.topology",
     "compare": "headscope.profile",
     "load": "headscope.models",
+    "sweep": "headscope.sweeps",
 }
 _MODULES = ("errors", "interventions", "kernels", "models", "probes")
 
@@ -50,6 +53,7 @@ __all__ = [
     "RunCard",
     "Scope",
     "StatisticsRequest",
+    "Sweep",
     "Topology",
     "__version__",
     "compare",
@@ -60,6 +64,7 @@ __all__ = [
     "load",
     "models",
     "probes",
+    "sweep",
 ]
 
 

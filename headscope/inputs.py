@@ -7,6 +7,7 @@ made for another text. Everything is checked before the model sees it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 Data = Any
 """What can be captured: a text, texts, ids [N] or [B, N], or a dict of model inputs."""
+
+
+def reads_ids(scope: Scope) -> bool:
+    """Whether the model's forward takes token ids; a vision tower or a diffusion transformer does not."""
+    model = scope.model
+    return scope.host.takes_text and (model.main_input_name == "input_ids" or "input_ids" in signature(model.forward).parameters)
 
 
 def model_inputs(scope: Scope, data: Data, attention_mask: Tensor | None, left: bool, beyond_context: bool) -> dict[str, Any]:

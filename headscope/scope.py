@@ -150,6 +150,8 @@ class Scope:
         tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         if tokenizer is None:
             raise refusal(DataError, "a text", f"{self.name} was scoped without a tokenizer", "pass Scope(model, tokenizer), or token ids")
+        if "pixel_values" in getattr(tokenizer, "model_input_names", ()):
+            raise refusal(DataError, "a text", f"{self.name} reads pictures", "pass a dict: scope.capture({'pixel_values': ...})")
         return tokenizer
 
     def encode(self, text: str) -> Tensor:
@@ -348,8 +350,10 @@ class Scope:
     def intervene(self, *interventions: Intervention) -> Iterator[Scope]:
         """Run the model with its attention changed: `with scope.intervene(HeadMask(heads=[(18, 6)])): scope.generate(...)`.
 
-        Interventions act in the order given, those of an outer block before those of an inner one; the model is as before when the
-        block ends. Raises InterventionError for one that does not fit this model; warns when the block ends and none ever met a call.
+        Edits of heads act in the order of their sites (scores, probabilities, outputs; see `headscope.interventions.stacking`), other
+        interventions in the order given, those of an outer block before those of an inner one; the model is as before when the block
+        ends. Raises InterventionError for one that does not fit this model, or that conflicts with another; warns when the block ends and
+        none ever met a call.
         """
         from headscope.interventions import Intervention
 
@@ -362,6 +366,8 @@ class Scope:
             raise refusal(InterventionError, "no intervention", "there is nothing to change", "pass at least one")
         bound = [one.bind(self) for one in interventions]
         with ExitStack() as stack:
+            for one in bound:
+                stack.enter_context(one.opened(self))
             actors = [stack.enter_context(self._attachment.active("intervention", one)) for one in bound]
             yield self
             if not any(actor.served for actor in actors):
@@ -400,7 +406,7 @@ class Scope:
             text = texts[0] if len(texts) == 1 else texts
         return Generation(text, ids.cpu(), length)
 
-    def profile(self, probes: Any = "passive", context: int = 2048, data: Any = None, **options: Any) -> HeadProfile:
+    def profile(self, probes: Any = "passive", context: int | None = 2048, data: Any = None, **options: Any) -> HeadProfile:
         """What every head does: see `headscope.profile.runner.profile`."""
         from headscope.profile.runner import profile
 

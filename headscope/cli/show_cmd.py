@@ -26,6 +26,9 @@ def show(
     import headscope as hs
 
     check_top(top)
+    asked = [name for name, given in (("--metric", metric is not None), ("--kinds", kinds), ("--clusters", clusters)) if given]
+    if len(asked) > 1:
+        raise refusal(ProbeError, " and ".join(asked), "each is a view of its own", "pass one of them")
     profile = hs.HeadProfile.load(run)
     if kinds or clusters:
         _sorts(profile, run, top, clusters, as_json)

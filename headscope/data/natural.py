@@ -73,7 +73,7 @@ def natural_texts(tokenizer: Any, tokens: int, *, texts: int = 1, data: TextData
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
     if data is None:
         return _bundled_texts(tokenizer, tokens, texts)
-    name, documents = _documents(data)
+    name, documents = read_documents(data)
     if len(documents) == 1:
         return _windows(tokenizer, documents[0], tokens, texts, name)
     found = []
@@ -96,7 +96,7 @@ def natural_texts(tokenizer: Any, tokens: int, *, texts: int = 1, data: TextData
 def check_data(data: TextData) -> None:
     """Raises DataError when the user's data cannot be read or holds no text, before anything is tokenized."""
     if data is not None and not isinstance(data, torch.Tensor):
-        _documents(data)
+        read_documents(data)
 
 
 def _bundled_texts(tokenizer: Any, tokens: int, texts: int) -> list[NaturalText]:
@@ -177,7 +177,7 @@ def _from_ids(ids: Tensor, tokens: int, texts: int) -> list[NaturalText]:
     return [NaturalText(row[:tokens].to("cpu", torch.int64).clone(), None, None, f"token ids [{i}]") for i, row in enumerate(rows[:texts])]
 
 
-def _documents(data: str | Path | Sequence[str]) -> tuple[str, list[str]]:
+def read_documents(data: str | Path | Sequence[str]) -> tuple[str, list[str]]:
     """The name of the user's data and its documents. A str that ends in .txt or .jsonl is a path, any other str is the text itself."""
     if isinstance(data, Path) or (isinstance(data, str) and "\n" not in data and data.endswith((".txt", ".jsonl"))):
         path = Path(data)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope.errors import ModelError, refusal
+from headscope.models.progress import bars_only_on_a_terminal
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,8 @@ def convert(payload: Path, out: Path) -> None:
         why = f"it cannot be written ({error}); nothing was kept"
         raise refusal(ModelError, "converted DINOv2", why, "free some disk space, or set HEADSCOPE_CACHE to a larger disk") from error
     (out / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _, info = Dinov2Model.from_pretrained(out, local_files_only=True, output_loading_info=True)
+    with bars_only_on_a_terminal():
+        _, info = Dinov2Model.from_pretrained(out, local_files_only=True, output_loading_info=True)
     wrong = sorted(str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind])
     if wrong:
         why = f"{len(wrong)} weights do not fit transformers' Dinov2Model, {wrong[0]} for one"

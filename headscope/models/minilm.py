@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.errors import ModelError, refusal
+from headscope.models.progress import bars_only_on_a_terminal
 
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512}
 LEFTOVERS = ("is_local", "local_files_only", "max_length", "name_or_path", "pad_to_multiple_of", "stride", "truncation_strategy")
@@ -32,7 +33,8 @@ def convert(payload: Path, out: Path) -> None:
 
     where = payload.parent
     model: Any
-    model, info = BertModel.from_pretrained(where, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    with bars_only_on_a_terminal():
+        model, info = BertModel.from_pretrained(where, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     found = {name: getattr(model.config, name, None) for name in SHAPE}
     missing = sorted(info["missing_keys"])
     if found != SHAPE or missing:
@@ -43,7 +45,8 @@ def convert(payload: Path, out: Path) -> None:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = SHAPE["max_position_embeddings"]
     try:
-        model.eval().save_pretrained(out)
+        with bars_only_on_a_terminal():
+            model.eval().save_pretrained(out)
     except SafetensorError as error:
         why = f"it cannot be written ({error}); nothing was kept"
         raise refusal(ModelError, "converted MiniLM", why, "free some disk space, or set HEADSCOPE_CACHE to a larger disk") from error

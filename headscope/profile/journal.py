@@ -76,6 +76,11 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._known or (self.path is not None and self._place(key).exists())
 
+    @property
+    def empty(self) -> bool:
+        """Whether no unit is on the disk."""
+        return self.path is None or not any(self.path.glob("*.safetensors"))
+
     def remove(self) -> None:
         """Deletes the folder; for when the result is safe elsewhere."""
         if self.path is not None and (self.path / MARK).exists():
@@ -93,7 +98,7 @@ class Journal:
             with safe_open(str(self._place(key)), framework="pt") as file:
                 facts = json.loads(file.metadata()["unit"])
                 return {**facts["values"], **{name: file.get_tensor(f"t.{name}") for name in facts["tensors"]}}
-        except (SafetensorError, ValueError, KeyError, TypeError):  # a damaged unit is computed again
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # a damaged unit, or one just removed, is computed again
             return None
 
     def _keep(self, key: str, found: dict[str, Any]) -> None:
@@ -106,6 +111,9 @@ class Journal:
         facts = json.dumps({"key": key, "values": values, "tensors": sorted(tensors)})
         blob = save({f"t.{name}": value for name, value in tensors.items()} or {"none": torch.zeros(1)}, {"unit": facts})
         try:
+            self.path.mkdir(parents=True, exist_ok=True)  # another run of the same name may have ended and cleared it away
+            if not (self.path / MARK).exists():
+                self._write(self.path / MARK, json.dumps({"journal": VERSION}).encode())
             self._write(self._place(key), blob)
         except OSError as error:
             raise refusal(

@@ -77,8 +77,8 @@ def profile(
 ) -> HeadProfile:
     """Profiles every head of the main stack.
 
-    - `probes`: "passive", "active", "all", a name, or a list of names, classes and instances. An active probe that came with a group and
-      cannot say anything about this model is left out, with its reason in the card; one that was named is refused.
+    - `probes`: "passive", "active", "all", a name, or a list of names, classes and instances. A probe that came with a group and cannot
+      say anything about this model is left out, with its reason in the card; one that was named is refused.
     - `context`: tokens per natural text; None takes 2,048 or the model's length, whichever is less. Repeated random text has R blocks of
       context / (R + 1) tokens.
     - `data`: natural text to use in place of the bundled essays: a .txt or .jsonl path, text, a list of texts, or token ids.
@@ -96,7 +96,9 @@ def profile(
     """
     started = time.perf_counter()
     asked = resolve(probes)
-    chosen = [probe for probe in asked if isinstance(probe, Probe)]
+    passive = [probe for probe in asked if isinstance(probe, Probe)]
+    left = {one.name: why for one in passive if one.name not in named(probes) and (why := one.unfit(scope.topology)) is not None}
+    chosen = [probe for probe in passive if probe.name not in left]
     acting = [probe for probe in asked if isinstance(probe, ActiveProbe)]
     if not scope.topology.main:
         raise refusal(ModelError, f"{scope.topology.model_class}", "it has no attention layers in a main stack", "pass a transformer")
@@ -113,8 +115,9 @@ def profile(
     with keeping(scope, shown, maps, keep_statistics, size, keep, readers=readers, out=out, overwrite=overwrite) as keeper:
         found = measure(scope, chosen, built, shown=shown, base=keeper.needs, beyond_context=beyond_context, progress=progress)
         acted = measure_active(scope, acting, named=named(probes), context=context, seed=seed, progress=progress, journal=journal)
+        left.update(acted.left_out)
         if not found.scores and not acted.scores:
-            why = "; ".join(f"{name}: {reason}" for name, reason in acted.left_out.items())
+            why = "; ".join(f"{name}: {reason}" for name, reason in left.items())
             raise refusal(ProbeError, f"probes {probes!r} on {scope.name}", f"none of them could say anything ({why})", "name other probes")
         found.scores.update(acted.scores)
         found.numbers.update(acted.numbers)
@@ -124,10 +127,10 @@ def profile(
         table["roles"], table["reasons"] = assign_roles(table)
         found.seconds |= keeper.seconds
         found.seconds["total"] = time.perf_counter() - started
-        told = [probe for probe in asked if probe.name not in acted.left_out]
+        told = [probe for probe in asked if probe.name not in left]
         card = _card(scope, told, found, context, texts, seed, repeats, size)
         card.data += acted.data
-        card.notes, card.left_out = acted.notes, acted.left_out
+        card.notes, card.left_out = acted.notes, left
         keeper.finish(canonical_heads(table), card, found.shown[1] if found.shown else None, {**joined(found.tables), **acted.tables})
     return keeper.profile()
 

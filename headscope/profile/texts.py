@@ -9,6 +9,7 @@ import torch
 
 from headscope.data import check_data, natural_texts
 from headscope.errors import DataError, ProbeError, refusal
+from headscope.inputs import reads_ids
 from headscope.probes.text import (
     MIN_BLOCK,
     REPEATED_TOKEN_LENGTH,
@@ -30,6 +31,9 @@ def build_texts(
     scope: Scope, kind: TextKind, *, context: int, data: TextData, texts: int, seed: int, repeats: int, beyond_context: bool
 ) -> list[ProbeText]:
     """`texts` texts of one kind; text i is drawn with seed + i. DataError or ProbeError when they cannot be made."""
+    if not reads_ids(scope):
+        why = "a profile is made on text, and this model reads no token ids"
+        raise refusal(DataError, scope.name or scope.topology.model_class, why, "measure it on its own inputs: scope.capture({...})")
     if seed < 0:
         raise refusal(DataError, f"seed={seed}", "numpy's generators take none below 0", "pass seed=0 or more")
     if kind == "natural":

@@ -121,6 +121,9 @@ def weights_window(layer: KeptLayer, head: int, q0: int, q1: int, k0: int, k1: i
     Zero where a key is not visible, NaN in rows that are padding. RunError for a head or position that does not exist, for an empty window
     and for one of more than CELLS weights.
     """
+    for what, at in {"head": head, "q0": q0, "q1": q1, "k0": k0, "k1": k1}.items():
+        if not isinstance(at, (int, np.integer)):
+            raise refusal(RunError, f"{what}={at!r}", "it is no whole number", "pass heads and positions as integers")
     if not 0 <= head < layer.heads:
         raise refusal(RunError, f"head {head}", f"this layer has the heads 0..{layer.heads - 1}", "pass one of them")
     for what, low, high, first, last in (("queries", q0, q1, layer.first, layer.rows), ("keys", k0, k1, 0, layer.keys)):
@@ -223,6 +226,16 @@ def kept_group(folder: Path) -> Any:
     return group
 
 
+def _check_facts(facts: KeptFacts, arrays: Mapping[str, Any]) -> None:
+    """ValueError for facts and arrays that no writer would have written together."""
+    numbers = (facts.scale, facts.softcap or 0.0, facts.window or 0, facts.start)
+    q, k, lse = (arrays[name].shape for name in ("q", "k", "lse"))
+    fits = len(q) == len(k) == 3 and q[2] == k[2] and tuple(lse) == tuple(q[:2]) and 0 < k[0] <= q[0] and q[0] % k[0] == 0
+    kind = "uint16" if facts.dtype == "bfloat16" else facts.dtype
+    if not fits or not all(isinstance(x, (int, float)) for x in numbers) or {str(arrays[x].dtype) for x in ("q", "k")} != {kind}:
+        raise ValueError(f"q {q}, k {k} and lse {lse} do not go with {facts}")
+
+
 class KeptReader:
     """Reads windows of a group that `write_kept` wrote; what is read is checked piece by piece."""
 
@@ -246,6 +259,7 @@ class KeptReader:
                 place = self._group[str(layer)]
                 arrays = {name: place[name] for name in place.array_keys()}
                 facts = KeptFacts.from_dict(dict(place.attrs))
+                _check_facts(facts, arrays)
                 extra = {name: arrays[name] for name in (*POSITIONS, *MATRICES) if name in arrays}
                 self._open[layer] = KeptLayer(facts, arrays["q"], arrays["k"], arrays["lse"], extra)
             except (OSError, ValueError, KeyError, TypeError) as error:

@@ -136,6 +136,8 @@ class MapReader:
                 sizes=tuple(int(size) for size in attributes["sizes"]),
                 tile=int(attributes.get("tile", TILE)),
             )
+            if min(self.info.block, self.info.tokens, self.info.tile, *self.info.sizes) < 1:
+                raise ValueError(f"{self.info} has a size below 1")
         except (KeyError, TypeError, ValueError) as error:
             raise refusal(RunError, str(folder), f"its attributes are incomplete ({one_line(error)})", "write the run again") from error
         self.checks_itself = "tile" in attributes

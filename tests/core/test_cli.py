@@ -114,6 +114,25 @@ def test_show_ranks_by_a_metric(headscope, run_directory):
     assert [(row["layer"], row["head"]) for row in rows] == list(zip(table.layer[:3], table["head"][:3], strict=True))
 
 
+def test_show_takes_one_view(headscope, run_directory):
+    code, printed, err = headscope("show", run_directory, "--kinds", "--metric", "entropy")
+    assert (code, printed) == (1, "")
+    assert "--metric and --kinds: each is a view of its own" in err
+
+
+def test_profile_without_context_takes_what_the_model_was_made_for(headscope, model_directory, tmp_path):
+    code, printed, _ = headscope("profile", model_directory, "--out", tmp_path / "run", "--probes", "sink,entropy", "--json")
+    assert code == 0
+    assert json.loads(printed)["card"]["parameters"]["context"] == 512
+
+
+def test_a_refused_profile_leaves_no_journal(headscope, model_directory, tmp_path):
+    code, _, err = headscope("profile", model_directory, "--out", tmp_path / "run", "--probes", "vision_mass")
+    assert code == 1
+    assert "reads no images" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_show_prints_a_table(headscope, run_directory):
     code, printed, _ = headscope("show", run_directory)
     assert code == 0
@@ -171,6 +190,7 @@ def test_error_is_also_json(headscope, tmp_path):
         (("profile", "{corrupt}"), ("GGUF",)),
         (("profile", "{model}", "--probes", "inducton"), ("inducton", "induction")),
         (("profile", "{model}", "--context", "4096"), ("4096", "512")),
+        (("profile", "{model}", "--keep", ""), ("--keep", "--keep 0,5")),
         (("profile", "{model}", "--data", "{nothing}"), ("nothing.txt",)),
         (("profile", "{model}", "--data", "{blank}"), ("blank.txt",)),
         (("profile", "{model}", "--context", "3"), ("3",)),

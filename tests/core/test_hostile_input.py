@@ -189,12 +189,10 @@ def profiled(scope):
 
 
 def test_a_full_disk_is_one_clear_error(profiled, tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-
     def full(*args, **kwargs):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("headscope.store.files.StatisticsWriter.write", full)
     with pytest.raises(RunError, match="No space left"):
         profiled.save(tmp_path / "run")
     assert not list(tmp_path.iterdir())

@@ -54,6 +54,16 @@ def test_a_damaged_unit_is_computed_again(tmp_path: Path) -> None:
     assert Journal(tmp_path).unit("a", never)["scores"][0, 0] == 2
 
 
+def test_a_journal_that_another_run_clears_away_does_not_end_this_one(tmp_path: Path) -> None:
+    journal, other = Journal(tmp_path / "j"), Journal(tmp_path / "j")
+    assert journal.empty
+    journal.unit("a", lambda: unit(1))
+    other.remove()
+    journal.unit("b", lambda: unit(2))
+    assert not journal.empty
+    assert Journal(tmp_path / "j").unit("b", never)["scores"][0, 0] == 2
+
+
 def test_a_unit_that_fails_keeps_the_others(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.unit("a", lambda: unit(1))

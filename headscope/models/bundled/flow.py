@@ -44,9 +44,7 @@ def embed(prompts: Sequence[str], where: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(
-    model: Any, number: int, *, steps: int, seed: int, text: torch.Tensor | None = None, guidance: float = 0.0
-) -> torch.Tensor:
+def sample(model: Any, number: int, *, steps: int, seed: int, text: torch.Tensor | None = None, guidance: float = 0.0) -> torch.Tensor:
     """Pictures [number, 1, 8, 8], about in [-1, 1], from seeded noise with `steps` Euler steps.
 
     `text`: word vectors [number, 4, width] for the joint model. `guidance` w > 0 adds w (conditional - unconditional), classifier-free

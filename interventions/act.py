@@ -1,0 +1,215 @@
+"""ACT: take attention off the sinks in the middle of a text, head by head, and give it to the other tokens.
+
+A token t that is not the first is a sink of a head when the attention it receives from itself and later tokens is, on average, more than
+alpha / N. In every row its weight is multiplied by beta, and what is freed goes to the other tokens in proportion to their weights. Only
+some heads gain by it; `ACT.calibrated` finds them on a few examples, one head at a time.
+
+Column means need every row, and a decode step has only one. They are kept here as running sums per layer, for as long as a sequence lasts,
+so that step i edits with the sinks of rows 0..i. The silent failures this avoids: a threshold applied to a single row, padding counted
+among the rows, and a first token that is spared only if it passes the threshold itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from headscope.errors import InterventionError, refusal
+from headscope.interventions.base import register
+from headscope.interventions.fold import Fold
+from headscope.interventions.head_edit import HeadEdit, Site
+from headscope.interventions.keys import OTHERS, key_set, read_keys, refuse_classes
+from headscope.interventions.p_site import redistribute
+from headscope.interventions.score_edits import _number
+from headscope.interventions.where import positions_json
+from headscope.kernels.dispatch import measure
+from headscope.statistics.request import StatisticsRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headscope.call import AttentionCall
+    from headscope.scope import Scope
+    from headscope.sweeps import Sweep
+
+NOT_FIRST = "others_not_first"
+
+
+@dataclass(slots=True, eq=False)
+class Received:
+    """Attention received so far in one layer, by absolute position: `sums` [B, h, P], `rows` [B, P] how many rows could give it, `real`
+    [B, P]."""
+
+    sums: Tensor
+    rows: Tensor
+    real: Tensor
+
+    @property
+    def end(self) -> int:
+        """The position that comes next."""
+        return self.sums.shape[2]
+
+
+@register("act")
+@dataclass(frozen=True)
+class ACT(HeadEdit):
+    """Attention calibration (Yu et al. 2024, arXiv 2406.15765; github.com/GATECH-EIC/ACT, read for its formulas).
+
+    - `alpha`: a sink receives more than alpha / N on average (paper: 5; 3 to 7 tried), N the real tokens so far. `threshold`: an absolute
+      number instead (official code: 0.1, which is alpha = 5 at N = 50 only).
+    - `beta`: what a sink keeps of its attention (0.4). `target`: who gets the rest, "others" (every token that is no sink, the first one
+      included, as in the paper), "others_not_first", or a key set.
+
+    Departures from the official code: the first real token is always spared, not the first one that passes the threshold; padding is
+    neither row nor column; decode steps use running column sums over all rows so far (the code applies the threshold to the one row it has,
+    and its rows then do not sum to one); rows with nothing to give to stay as they are.
+    """
+
+    alpha: float = 5.0
+    beta: float = 0.4
+    threshold: float | None = None
+    target: Any = OTHERS
+
+    site: ClassVar[Site] = "P"
+    always_written: ClassVar[tuple[str, ...]] = ("alpha", "beta")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _number("alpha", self.alpha) > 0:
+            raise refusal(InterventionError, f"alpha={self.alpha}", "every token would be a sink", "pass alpha=5")
+        if not 0 <= _number("beta", self.beta) <= 1:
+            raise refusal(InterventionError, f"beta={self.beta}", "it is the share that a sink keeps", "pass a number from 0 to 1")
+        if self.threshold is not None and not 0 < _number("threshold", self.threshold) < 1:
+            raise refusal(InterventionError, f"threshold={self.threshold}", "it is a mean attention", "pass a number between 0 and 1")
+        if self.target != NOT_FIRST:
+            object.__setattr__(self, "target", read_keys(self.target, others=True))
+
+    def bind(self, scope: Scope) -> ACT:
+        """A copy that knows its heads by module; InterventionError for a model that does not read from left to right."""
+        refuse_classes(self.target, scope)
+        bound = super().bind(scope)
+        for name in bound.bound.heads:
+            if not scope.topology[name].causal:
+                raise refusal(
+                    InterventionError, f"ACT in {name}", "received attention is a mean over later tokens", "use it in causal attention"
+                )
+        return bound
+
+    def after(self, call: AttentionCall, output: Tensor) -> Tensor:
+        """The outputs with the sinks calibrated. Sums are kept in every phase, also where nothing is edited."""
+        heads = self.heads_in(call)
+        if not heads or self.beta == 1.0:
+            return output
+        received = self._received(call, heads)
+        rows = self.rows_in(call)
+        if rows is None:
+            return output
+        sinks = self.sinks(received, call)
+        if not bool(sinks.any()):
+            return output
+        first = key_set(call, "first", None)
+        if isinstance(self.target, str) and self.target in (OTHERS, NOT_FIRST):
+            spared = first if self.target == NOT_FIRST else None
+            return redistribute(call, output, heads, sinks, keep=float(self.beta), rows=rows, spare=spared)
+        target = key_set(call, self.target, self.bound.image_token)[:, None] & ~sinks
+        return redistribute(call, output, heads, sinks, target, keep=float(self.beta), rows=rows)
+
+    def sinks(self, received: Received, call: AttentionCall) -> Tensor:
+        """Bool [B, h, Nk]: the call's keys that are sinks of each head."""
+        mean = received.sums / received.rows.clamp_min(1)[:, None]
+        length = received.real.sum(1).clamp_min(1)[:, None, None]
+        limit = torch.full_like(mean, self.threshold) if self.threshold is not None else self.alpha / length.to(mean.dtype)
+        first = received.real.int().argmax(1)
+        found = (mean > limit) & received.real[:, None]
+        found[torch.arange(len(first), device=first.device), :, first] = False
+        return found[:, :, call.key_offset : call.key_offset + call.k.shape[2]]
+
+    def _received(self, call: AttentionCall, heads: list[int]) -> Received:
+        """The layer's sums, with this call's rows added."""
+        fold = Fold.of(call)
+        part = measure(fold.sub(heads), StatisticsRequest(names=("lse", "column_sum")))
+        fold.know_lse(heads, part.rows["lse"])
+        batch, rows = call.q.shape[0], call.q.shape[2]
+        start, end = call.query_offset, call.query_offset + rows
+        known: Received | None = self.bound.state.get(call.module)
+        if start == 0:
+            known = None
+        elif known is None or known.end != start or known.sums.shape[0] != batch:
+            raise refusal(
+                InterventionError,
+                f"ACT in {call.module} from position {start} on",
+                "the attention that earlier tokens received is not known (the block was opened, or the batch changed, in the middle)",
+                "open the block before the text is read",
+            )
+        sums = part.columns["column_sum"]
+        more = torch.zeros(batch, len(heads), end, dtype=sums.dtype, device=sums.device)
+        counts = torch.zeros(batch, end, dtype=torch.int64, device=sums.device)
+        span = slice(call.key_offset, call.key_offset + call.k.shape[2])
+        more[:, :, span] = sums
+        counts[:, span] = part.counts["row_count"]
+        valid = call.mask.query_valid
+        real = torch.ones(batch, rows, dtype=torch.bool, device=sums.device) if valid is None else valid
+        if known is not None:
+            more[:, :, :start] += known.sums
+            counts[:, :start] += known.rows
+            real = torch.cat([known.real, real], 1)
+        self.bound.state[call.module] = Received(more, counts, real)
+        found: Received = self.bound.state[call.module]
+        return found
+
+    @classmethod
+    def calibrated(
+        cls,
+        scope: Scope,
+        items: list[Any],
+        metric: Callable[[Tensor, int], Any],
+        *,
+        heads: Any = "all",
+        keep: int | None = None,
+        journal: str | Path | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> tuple[ACT, Sweep]:
+        """ACT on the heads that gain by it, found one head at a time on a few examples, and the sweep that found them.
+
+        `items`: inputs; `metric(output [1, N, V], index)`: how well input `index` is answered, larger is better (mean log probability of
+        the right answer tells more than accuracy on few items). `keep`: how many heads, by gain; None: every head that gains, as in the
+        paper. `options`: ACT's own. Each item is run once, then from the edited layer on; `journal` and `name` as in `hs.sweep`.
+        """
+        from headscope.sweeps import sweep
+
+        found = sweep(scope, lambda head: cls([head], **options), heads, metric, data=list(items), journal=journal, name=name)
+        gaining = found.table[found.table["change"] > 0].sort_values("change", ascending=False, kind="stable")
+        chosen = [(layer, int(head)) for layer, head in zip(gaining["layer"], gaining["head"], strict=True)][:keep]
+        if not chosen:
+            raise refusal(
+                InterventionError,
+                "ACT's head filter",
+                f"no head of {len(found.table)} gains on these items",
+                "use more items, or another metric",
+            )
+        return cls(chosen, **options), found
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as they go into JSON."""
+        return {**super().settings(), "target": positions_json(self.target)}
+
+    def algebra(self) -> str:
+        """It meets what earlier redistributions left."""
+        return "redistribute"
+
+    def what(self) -> str:
+        """In words."""
+        limit = f"more than {self.alpha:g}/N" if self.threshold is None else f"more than {self.threshold:g}"
+        return f"let tokens that receive {limit} attention on average, but the first, keep {self.beta:.0%} of it"
+
+    def cost(self) -> str:
+        """In words."""
+        return "one pass of the statistics kernel over these heads for lse and column sums, and sums over the sinks, O(N |S| d)"
+
+
+__all__ = ["ACT", "NOT_FIRST", "Received"]
