@@ -72,7 +72,7 @@ class Work:
         """The keys one by one, with a progress bar on stderr."""
         hidden = not sys.stderr.isatty() if self.progress is None else not self.progress
         listed = list(keys)
-        return tqdm(listed, desc=what or self.name, disable=hidden, file=sys.stderr, unit="unit")
+        return tqdm(listed, desc=what or self.name.rpartition("-")[0] or self.name, disable=hidden, file=sys.stderr, unit="unit")
 
     def generator(self, *more: int) -> torch.Generator:
         """A CPU generator that depends on the seed and on the numbers given, so that every unit draws for itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,18 @@ class HeadProfile:
         from headscope.profile.clusters import clusters
 
         return clusters(self, n, seed=seed)
+
+    def agreement(self, metrics: Iterable[str] | None = None) -> pd.DataFrame:
+        """Spearman's rank correlation of every two metrics over the heads: see `headscope.profile.agreement`."""
+        from headscope.profile.agreement import agreement
+
+        return agreement(self, metrics)
+
+    def plot_agreement(self, metrics: Iterable[str] | None = None) -> go.Figure:
+        """The rank correlations as a heat map, like metrics side by side."""
+        from headscope.profile.agreement import plot_agreement
+
+        return plot_agreement(self, metrics)
 
     def plot(self, metric: str | None = None, *, mark: str | None = None) -> go.Figure:
         """Heat map of a metric over layers and heads; `mark` outlines the heads of a role. See `headscope.profile.plot`."""

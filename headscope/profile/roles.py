@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RoleRule:
-    """One role. `metrics`: the columns it reads, the first one ranks its heads; `lowest`: small values are strong; `rule` and `source` in
-    words.
+    """One role. `metrics`: the columns it reads; the largest of `ranked_by` (default: of all of them) ranks its heads; `lowest`: small
+    values are strong; `rule` and `source` in words.
     """
 
     name: str
@@ -30,6 +30,7 @@ class RoleRule:
     source: str
     assign: Callable[[pd.DataFrame], dict[int, str]]
     lowest: bool = False
+    ranked_by: tuple[str, ...] = ()
 
     @property
     def metric(self) -> str:
@@ -38,7 +39,7 @@ class RoleRule:
 
     def strength(self, table: pd.DataFrame) -> np.ndarray:
         """[rows] what ranks the heads of this role, larger is stronger."""
-        values = table[list(self.metrics)].to_numpy(dtype=np.float64).max(axis=1)
+        values = table[list(self.ranked_by or self.metrics)].to_numpy(dtype=np.float64).max(axis=1)
         return -values if self.lowest else values
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,11 +107,20 @@ def razor_quota(table: pd.DataFrame, echo: float = 0.01, induction: float = 0.14
     return chosen
 
 
+def retrieval_heads(table: pd.DataFrame, bar: float = 0.1) -> dict[int, str]:
+    """Heads that copy at least a tenth of the needle, on average over the accepted trials."""
+    score, active = (table[name].to_numpy(dtype=np.float64) for name in ("retrieval", "retrieval_active"))
+    return {
+        int(row): f"retrieval {score[row]:.2f} >= {bar:g} on needles; it copied in {active[row]:.0%} of the trials"
+        for row in np.flatnonzero(score >= bar)
+    }
+
+
 def _receivers(heads: int) -> int:
     return min(20, math.ceil(0.05 * heads))
 
 
-NATURAL, RANDOM = "natural text", "repeated random tokens"
+NATURAL, RANDOM, PICTURES = "natural text", "repeated random tokens", "questions about pictures"
 
 ROLES: tuple[RoleRule, ...] = (
     RoleRule("sink", ("sink",), "sink > 0.3", "arXiv:2410.10781", above("sink", 0.3, NATURAL)),
@@ -171,6 +181,30 @@ ROLES: tuple[RoleRule, ...] = (
         "entropy_normalised > 0.9",
         "headscope: spreads over more than N^0.9 keys",
         above("entropy_normalised", 0.9, NATURAL),
+    ),
+    RoleRule(
+        "retrieval", ("retrieval", "retrieval_active"), "retrieval >= 0.1", "arXiv:2404.15574", retrieval_heads, ranked_by=("retrieval",)
+    ),
+    RoleRule(
+        "full_attention",
+        ("duo_gate",),
+        "duo_gate > 0.5",
+        "headscope: the gate's middle; DuoAttention (arXiv:2410.10819) keeps a quantile, which a plan chooses",
+        above("duo_gate", 0.5, "passkeys"),
+    ),
+    RoleRule(
+        "vision",
+        ("vhd_chosen",),
+        "vhd_chosen > 0.5",
+        "arXiv:2412.13949 reinforces heads above their layer's median; headscope: in more than half of the questions",
+        above("vhd_chosen", 0.5, PICTURES),
+    ),
+    RoleRule(
+        "image_centric",
+        ("image_centric",),
+        "image_centric > 0.5",
+        "arXiv:2503.03321; headscope: in more than half of the rows",
+        above("image_centric", 0.5, PICTURES),
     ),
 )
 """Every role, in the order in which a head's roles are listed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from headscope.models.bundled.ablation import ablated, search, streaming_mask
 from headscope.models.bundled.retrain import compare
 from headscope.models.bundled.training import Trainer, write_json
 from headscope.models.bundled.words import build_tokenizer
+from headscope.models.catalog import verify_bundled
 from headscope.models.checksum import sha256_file
 
 MIB = 2**20
@@ -207,3 +210,22 @@ def test_the_tokenizer_has_one_id_per_word_and_refuses_a_word_twice():
     assert tokenizer.decode([1, 4, 5, 6], skip_special_tokens=True) == "the river ."
     with pytest.raises(ValueError, match="river"):
         build_tokenizer(["river", "river"], length=10)
+
+
+@pytest.mark.parametrize("name", ["induction", "sd3"])
+def test_weights_that_changed_are_not_loaded(name, tmp_path, monkeypatch, capsys):
+    """One flipped bit still loads everywhere else, and its known heads are those of another model."""
+    row = row_of(name)
+    where = shutil.copytree(row.path, tmp_path / name)
+    monkeypatch.setitem(BUNDLED, name, dataclasses.replace(row, path=where))
+    assert row_of(name).damage() == ""
+    (weights,) = (path for path in where.glob("*.safetensors") if path.stem.endswith("model"))
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match=f"{weights.name} is not the file that shipped"):
+        hs.load(f"bundled:{name}")
+    assert verify_bundled()[f"bundled:{name}"].startswith("damaged")
+    weights.unlink()
+    with pytest.raises(ModelError, match="install headscope again"):
+        hs.load(f"bundled:{name}")

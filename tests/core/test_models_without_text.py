@@ -40,8 +40,11 @@ def test_the_self_check_knows_attention_that_looks_both_ways(bert) -> None:
 
 
 def test_a_vision_model_says_that_it_reads_pictures(vit) -> None:
+    for wrong in ("a text", torch.zeros(1, 3, 28, 28), [[[0, 1]]]):
+        with pytest.raises(DataError, match="vit reads pixel_values; pass a dict"):
+            vit.capture(wrong)
     with pytest.raises(DataError, match="vit reads pictures"):
-        vit.capture("a text")
+        vit.encode("a text")
     with pytest.raises(DataError, match="reads no token ids"):
         vit.profile("passive", context=64, progress=False)
     with pytest.raises(DataError, match="reads none"):

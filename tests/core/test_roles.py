@@ -113,3 +113,14 @@ def test_strength_orders_local_heads_by_small_distance() -> None:
     assert BY_NAME["local"].strength(table).argmax() == 0
     assert BY_NAME["global"].strength(table).argmax() == 23
     assert BY_NAME["retrieval_like"].strength(table).tolist() == list(range(24))
+
+
+def test_a_retrieval_head_says_in_how_many_trials_it_copied() -> None:
+    score, active = np.zeros(24), np.zeros(24)
+    score[[3, 7, 9]] = [0.43, 0.1, 0.099]
+    active[[3, 7, 9]] = [0.9, 0.5, 1.0]
+    table = heads(retrieval=score, retrieval_active=active)
+    assert having(table, "retrieval") == [3, 7]
+    _, reasons = assign_roles(table)
+    assert reasons[3]["retrieval"] == "retrieval 0.43 >= 0.1 on needles; it copied in 90% of the trials"
+    assert BY_NAME["retrieval"].strength(table).argmax() == 3, "ranked by the score, not by the trials"
