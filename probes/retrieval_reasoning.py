@@ -14,7 +14,7 @@ from headscope.probes.active import ActiveProbe, Findings, Unit, Work
 from headscope.probes.answers import MODES, Mode, answer
 from headscope.probes.base import Metric, stack
 from headscope.probes.retrieval import source_of
-from headscope.probes.trials import Trial, context_of, trials_of
+from headscope.probes.trials import Trial, context_of, parts_of, trials_of
 from headscope.profile.journal import digest
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class RetrievalReasoning(ActiveProbe):
             scope,
             data,
             context=context,
-            lengths=self.lengths or tuple(context * part // 5 for part in (1, 2, 3, 4, 5)),
+            lengths=self.lengths or parts_of(context, 5),
             depths=self.depths,
             per_cell=self.per_cell,
             needles=REASONING_NEEDLES,

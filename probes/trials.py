@@ -322,6 +322,15 @@ def synthetic_trials(scope: Scope, *, lengths: Sequence[int], per_length: int = 
 # ---- what a probe was given -------------------------------------------------------------------------------------
 
 
+SHORTEST = 256
+"""Tokens below which no length is taken by default: a needle and its question alone take half of that."""
+
+
+def parts_of(context: int, count: int) -> list[int]:
+    """`count` lengths in even steps up to the context, none shorter than SHORTEST unless the context is."""
+    return [max(context * part // count, min(context, SHORTEST)) for part in range(1, count + 1)]
+
+
 def trials_of(
     scope: Scope,
     data: Any,
@@ -336,14 +345,14 @@ def trials_of(
 ) -> list[Trial]:
     """Trials from what a user gave a probe: Trials, Needles, texts for a haystack, or nothing (the model's own words, or prose).
 
-    `lengths` default to the four quarters of `context`.
+    `lengths` default to the four quarters of `context` (see `parts_of`).
     """
     if isinstance(data, Trial):
         return [data]
     if isinstance(data, Sequence) and not isinstance(data, str) and data and all(isinstance(one, Trial) for one in data):
         return list(data)
     if not lengths:
-        lengths = [context * part // 4 for part in (1, 2, 3, 4)]
+        lengths = parts_of(context, 4)
     if isinstance(data, Needle):
         data = [data]
     if isinstance(data, Sequence) and not isinstance(data, str) and data and all(isinstance(one, Needle) for one in data):
