@@ -47,6 +47,9 @@ def model_inputs(scope: Scope, data: Data, attention_mask: Tensor | None, left: 
         if isinstance(ids, torch.Tensor):
             _check_ids(scope, ids, inputs.get("attention_mask"), beyond_context)
         return inputs
+    if not reads_ids(scope):
+        name = scope.model.main_input_name
+        raise refusal(DataError, f"a {type(data).__name__}", f"{scope.name} reads {name}", f"pass a dict: scope.capture({{{name!r}: ...}})")
     if isinstance(data, str):
         ids = scope.encode(data)
     elif isinstance(data, Sequence) and data and all(isinstance(one, str) for one in data):

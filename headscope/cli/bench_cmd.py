@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from headscope.cli.console import emit_json, say, table
+from headscope.errors import RunError, refusal
 
 
 def capture(
@@ -23,6 +24,8 @@ def capture(
     """Capture of every passive statistic against the plain forward pass, in one run: time and peak memory, as ratios."""
     from headscope.models.auto import pick_device
 
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):  # said before minutes of measuring, not after
+        raise refusal(RunError, f"--out {out}", "no file can be written there", "pass a file in a folder that exists")
     kind = str(pick_device(device))
     if kind.startswith("cuda"):
         from headscope.bench.capture_gpu import run as run_gpu

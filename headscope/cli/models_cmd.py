@@ -10,13 +10,14 @@ from headscope.cli.console import emit_json, size, table
 
 
 def models(
-    verify: Annotated[bool, typer.Option("--verify", help="Check every cached model's files against their checksums.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the files of cached and bundled models against their checksums.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the model sources that need no hub, and say what else `headscope profile MODEL` takes."""
     from headscope.models import catalog, verify_cache
+    from headscope.models.catalog import verify_bundled
 
-    checked = verify_cache() if verify else {}
+    checked = {**verify_bundled(), **verify_cache()} if verify else {}
     rows = [{**row.to_dict(), **({"verified": checked[row.name]} if row.name in checked else {})} for row in catalog()]
     if as_json:
         emit_json({"models": rows})

@@ -182,6 +182,12 @@ def _read_stamp(entry: Path) -> dict[str, list[int]]:
         return {}
 
 
+def forget(entry: Path) -> None:
+    """Drops what is known of an entry's checksums, so that the next load computes them: a changed file may have kept its size and time."""
+    with contextlib.suppress(OSError):
+        (entry / STAMP).unlink()
+
+
 def _write_stamp(entry: Path, seen: Mapping[str, list[int]]) -> None:
     """Best effort: without the stamp (a read-only cache) the checksums are computed at every load."""
     temporary = entry / f"{STAMP}.{os.getpid()}"

@@ -41,8 +41,16 @@ def catalog() -> list[ModelSource]:
     return sorted(packaged + bundled, key=lambda row: row.name)
 
 
+def verify_bundled() -> dict[str, str]:
+    """For every bundled model, "ok" or what is wrong with it."""
+    verdicts = {row.spec: row.damage() for row in BUNDLED.values()}
+    return {name: f"damaged: {reason}; install headscope again" if reason else "ok" for name, reason in verdicts.items()}
+
+
 def verify_cache() -> dict[str, str]:
     """For every model in the cache, "ok" or what is wrong with it; all checksums are computed anew."""
     found = {row.spec: row.entry for row in REGISTRY.values() if row.entry.exists()}
     verdicts = {name: cache.damage(entry, full=True) for name, entry in found.items()}
+    for name in (name for name, reason in verdicts.items() if reason):
+        cache.forget(found[name])
     return {name: f"damaged: {reason}; the next load builds it again" if reason else "ok" for name, reason in verdicts.items()}

@@ -56,6 +56,9 @@ def load(
         where = pypi.prepare(packaged)
         return _from_directory(where, picked, dtype, attn_implementation, packaged.title, packaged.spec, packaged.version)
     if shipped is not None:
+        reason = shipped.damage()
+        if reason:
+            raise refusal(ModelError, shipped.spec, reason, "install headscope again")
         if shipped.library != "transformers":
             return _from_diffusers(shipped, picked, dtype)
         return _from_directory(shipped.path, picked, dtype, attn_implementation, shipped.title, shipped.spec, "")

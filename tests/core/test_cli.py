@@ -114,6 +114,15 @@ def test_show_ranks_by_a_metric(headscope, run_directory):
     assert [(row["layer"], row["head"]) for row in rows] == list(zip(table.layer[:3], table["head"][:3], strict=True))
 
 
+def test_a_benchmark_whose_result_cannot_be_kept_is_not_run(headscope, monkeypatch, tmp_path):
+    from headscope.bench import capture_cpu
+
+    monkeypatch.setattr(capture_cpu, "run", lambda *given, **options: pytest.fail("it was run"))
+    for out in (tmp_path / "none" / "x.json", tmp_path):
+        code, _, err = headscope("bench", "capture", "--device", "cpu", "--only", "sdpa", "--out", out)
+        assert (code, "pass a file in a folder that exists" in err) == (1, True)
+
+
 def test_show_takes_one_view(headscope, run_directory):
     code, printed, err = headscope("show", run_directory, "--kinds", "--metric", "entropy")
     assert (code, printed) == (1, "")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+import headscope as hs
 from headscope.call import AttentionCall, MaskFacts
 from headscope.errors import InterventionError
 from headscope.interventions import ACT, VAR, Intervention, KeyBias, Scale, from_json, record_heads
 from headscope.interventions.head_edit import Bound
 from headscope.interventions.var import sink_dimensions
+from headscope.probes.pictures import bundled_samples
 from headscope.scope import Scope
 
 from ..core.tiny_models import llama, llava, make
@@ -247,6 +250,28 @@ def test_behind_a_key_bias_it_meets_the_biased_attention(scope) -> None:
     want, rows = by_hand(replace(call, mask=replace(call.mask, bias=image)), inputs, var)
     assert float((record.z(0) - want).abs().max()) < 1e-10
     assert bool(rows.any())
+
+
+def test_on_the_bundled_model_nothing_is_massive_and_selected_heads_cost_less_than_all() -> None:
+    """bundled:vlm has no sinks at the usual threshold, so VAR changes nothing; far below it, the gate keeps what all heads lose."""
+    seeing = hs.load("bundled:vlm", device="cpu")
+    samples = bundled_samples(64, 33, kinds=("count",))
+    inputs = {name: torch.cat([one.inputs[name] for one in samples]) for name in samples[0].inputs}
+    wanted = torch.tensor([one.wanted for one in samples])
+
+    def logits(*edits) -> torch.Tensor:
+        with torch.no_grad(), seeing.intervene(*edits) if edits else nullcontext():
+            return seeing.model(**inputs, logits_to_keep=1).logits[:, -1]
+
+    plain = logits()
+    assert torch.equal(logits(VAR()), plain)
+    chance = [plain, logits(VAR(tau=2.0, rho=0.8)), logits(VAR(tau=2.0, rho=0.0, min_visual=0.0))]
+    right = [float((one.argmax(-1) == wanted).double().mean()) for one in chance]
+    loss = [float(torch.nn.functional.cross_entropy(one.double(), wanted)) for one in chance]
+    assert right[0] > 0.9
+    assert right[1] >= right[2]
+    assert loss[1] < 0.5 * loss[2]
+    assert loss[0] < 0.5 * loss[2]
 
 
 def test_what_is_refused(scope) -> None:

@@ -291,7 +291,7 @@ def batch(samples):
 
 
 def test_masking_the_heads_that_the_picture_moves_takes_its_effect_away(seeing) -> None:
-    """Their output becomes what it is for an even grey; five random sets of as many heads leave more of the effect each."""
+    """16 of 40 heads, whose output becomes what it is for an even grey. Three random sets of others leave more of the answers each."""
     inputs, wanted = batch(bundled_samples(32, 21, kinds=("position",)))
     blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
     vhd = Vhd(without="blank").run(seeing, bundled_samples(8, 12, kinds=("position",)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headscope.errors import ModelError, refusal, unknown_name
+from headscope.models.checksum import sha256_file
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -32,6 +33,16 @@ class BundledModel:
     def spec(self) -> str:
         """What `hs.load` takes."""
         return f"bundled:{self.name}"
+
+    def damage(self) -> str:
+        """Why the weights are not those that shipped, "" when they are: their SHA-256 stands in training.json. Milliseconds."""
+        try:
+            expected = json.loads((self.path / "training.json").read_text(encoding="utf-8"))["sha256"]
+            (weights,) = (path for path in self.path.glob("*.safetensors") if path.stem.endswith("model"))
+            found = sha256_file(weights)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"its files cannot be read ({error})"
+        return "" if found == expected else f"{weights.name} is not the file that shipped (another SHA-256)"
 
     @property
     def card(self) -> str:
