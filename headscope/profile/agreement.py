@@ -60,7 +60,7 @@ def plot_agreement(profile: HeadProfile, metrics: Iterable[str] | None = None) -
             reversescale=True,
             colorbar={"title": "rank<br>correlation"},
             hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
-            text=np.where(np.isnan(shown.to_numpy()), "", np.char.mod("%.1f", np.nan_to_num(shown.to_numpy()))),
+            text=np.where(np.isnan(shown.to_numpy()), "", np.char.mod("%.1f", np.nan_to_num(shown.to_numpy()).round(1) + 0.0)),
             texttemplate="%{text}",
             textfont={"size": 9},
         )
@@ -70,6 +70,7 @@ def plot_agreement(profile: HeadProfile, metrics: Iterable[str] | None = None) -
         width=size,
         height=size,
         xaxis={"tickangle": -60, "constrain": "domain"},
-        yaxis={"autorange": "reversed", "scaleanchor": "x"},
+        yaxis={"autorange": "reversed", "scaleanchor": "x", "constrain": "domain"},
+        plot_bgcolor="rgba(0,0,0,0)",
     )
     return figure
