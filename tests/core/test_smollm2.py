@@ -106,9 +106,7 @@ def test_padded_batch_equals_eager_and_padding_never_counts(smollm2, ids):
         for name in ("entropy", "distance", "sink_mass"):
             got = stats[name][layer][1]
             assert got[:, :left].isnan().all()
-            torch.testing.assert_close(
-                got[:, left:], alone[name][layer][0], rtol=2e-3, atol=2e-3
-            )
+            torch.testing.assert_close(got[:, left:], alone[name][layer][0], rtol=2e-3, atol=2e-3)
         assert stats["column_sum"][layer][1, :, :left].abs().max() == 0
     matrix = eager_weights(smollm2, input_ids=batch, attention_mask=mask)[7][1, :, left:, left:].double()
     torch.testing.assert_close(stats["column_sum"][7][1, :, left:].double(), matrix.sum(-2), rtol=1e-4, atol=1e-4)
