@@ -7,22 +7,10 @@ schema     the file format
 
 from __future__ import annotations
 
-from headscope.plans.patterns import (
-    PATTERNS,
-    Blocks,
-    Budget,
-    Dense,
-    Lines,
-    Pattern,
-    Power,
-    Span,
-    Streaming,
-    Strided,
-    TopBlocks,
-    TopKeys,
-    VerticalSlash,
-)
+from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.patterns import Blocks, Dense, Lines, Pattern, Power, Span, Streaming, Strided
 from headscope.plans.plan import PlanModel, SparsePlan
+from headscope.plans.registry import PATTERNS
 from headscope.plans.schema import JSON_SCHEMA
 
 __all__ = [

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from headscope.kernels.sparse_blocked import blocked_sparse_attention
+from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
 from headscope.plans.indices import choose, element
-from headscope.plans.patterns import Budget, Dense, Pattern, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.patterns import Dense, Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,8 @@ import torch
 
 from headscope.errors import PlanError, refusal
 from headscope.kernels.gather import window_scores
-from headscope.plans.patterns import Blocks, Budget, Lines, Pattern, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.patterns import Blocks, Lines, Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""Patterns: which keys a query head may still see.
+"""Patterns: which keys a query head may still see. The base, and those that are rules on positions alone; `dynamic` has the others.
 
 A pattern is a small frozen value. A static one is a rule on positions alone: `visible(rows, keys)` says it for any rows and keys, which is
 the specification that kernels, masks and densities are tested against. A dynamic one depends on the input; it names how its indices are
@@ -14,13 +14,13 @@ Positions are of the sequence without padding, 0 for its first token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from headscope.errors import PlanError, refusal, unknown_name
+from headscope.errors import PlanError, refusal
 
 BLOCK = 128
 """Tokens a side of a tile, where a pattern or an engine counts in tiles."""
@@ -301,169 +301,6 @@ class Blocks(Pattern):
 
     def cached(self, length: int) -> float:
         return length
-
-
-@dataclass(frozen=True)
-class VerticalSlash(Pattern):
-    """`vertical` columns and `slash` diagonals chosen per input from the last `last_q` rows (MInference, arXiv:2407.02490); the first
-    `sink` columns and the last `window` diagonals are always among them. Prefill only: decoding is dense.
-    """
-
-    vertical: int
-    slash: int
-    last_q: int = 64
-    sink: int = 30
-    window: int = 100
-    kind = "vertical_slash"
-    static = False
-
-    def check(self) -> None:
-        self._whole(0, "vertical", "sink")
-        self._whole(1, "slash", "last_q", "window")
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """PlanError: it depends on the input."""
-        raise _dynamic(self)
-
-    def kept(self, length: int) -> float:
-        return min(length * (length + 1) / 2, length * float(max(self.vertical, self.sink) + max(self.slash, self.window)))
-
-    def cached(self, length: int) -> float:
-        return length
-
-
-@dataclass(frozen=True)
-class TopBlocks(Pattern):
-    """Per row tile, the key tiles that an estimate of the block masses ranks first: `share` of them, or as many as reach `mass`.
-
-    `rule`: "pooled" (mean queries against mean keys, MInference, FlexPrefill arXiv:2502.20766), "antidiagonal" (strided sums, XAttention
-    arXiv:2503.16428), "anchor" (scores against an anchor's maximum less `mass` nats, AnchorAttention arXiv:2505.23520), "exact" (the block
-    masses themselves). The first tile and the diagonal one are always kept. `refresh` > 1 keeps the chosen tiles over that many denoising
-    or decode steps (SparseD arXiv:2509.24014).
-    """
-
-    share: float | None = None
-    mass: float | None = None
-    rule: Literal["pooled", "antidiagonal", "anchor", "exact"] = "pooled"
-    block: int = BLOCK
-    stride: int = 16
-    refresh: int = 1
-    kind = "top_blocks"
-    static = False
-
-    def check(self) -> None:
-        self._whole(1, "block", "stride", "refresh")
-        if (self.share is None) == (self.mass is None):
-            raise refusal(
-                PlanError, f"share={self.share}, mass={self.mass}", "one of them says how many tiles are kept", "give exactly one"
-            )
-        if self.share is not None and not 0 < self.share <= 1:
-            raise refusal(PlanError, f"share={self.share}", "it is a part of the tiles", "use 0 < share <= 1")
-        if self.mass is not None and not (0 < self.mass <= 1 or (self.rule == "anchor" and self.mass > 0)):
-            raise refusal(PlanError, f"mass={self.mass}", "it is a part of the attention mass", "use 0 < mass <= 1")
-        if self.rule not in ("pooled", "antidiagonal", "anchor", "exact"):
-            raise unknown_name(PlanError, "rule", self.rule, ("pooled", "antidiagonal", "anchor", "exact"))
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """PlanError: it depends on the input."""
-        raise _dynamic(self)
-
-    def kept(self, length: int) -> float:
-        part = self.share if self.share is not None else 1.0  # how many tiles a mass needs is known from statistics only
-        return max(part * length * (length + 1) / 2, min(length, self.block) * length / 2)
-
-    def cached(self, length: int) -> float:
-        return length
-
-
-@dataclass(frozen=True)
-class Budget(Pattern):
-    """After a dense prefill, the `keep` keys that the last `window` rows weigh most, and those rows' own keys (SnapKV, arXiv:2404.14469;
-    HeadKV gives each head a budget of its own). `pool`: width of the mean filter over the scores.
-    """
-
-    keep: int
-    window: int = 32
-    pool: int = 5
-    kind = "budget"
-    static = False
-
-    def check(self) -> None:
-        self._whole(0, "keep")
-        self._whole(1, "window", "pool")
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """PlanError: it depends on the input."""
-        raise _dynamic(self)
-
-    def kept(self, length: int) -> float:
-        return length * (length + 1) / 2
-
-    def cached(self, length: int) -> float:
-        return min(length, self.keep + self.window)
-
-
-@dataclass(frozen=True)
-class TopKeys(Pattern):
-    """Decoding only: per step the `keep` keys of largest weight, chosen by this head itself every `refresh` steps, or taken over from
-    `source` = (layer, head), a layer before it (TidalDecode arXiv:2410.05076, HyLRA arXiv:2602.00777).
-    """
-
-    keep: int
-    refresh: int = 1
-    source: tuple[int, int] | None = None
-    sink: int = 4
-    window: int = 64
-    kind = "top_keys"
-    static = False
-
-    def check(self) -> None:
-        self._whole(1, "keep", "refresh", "window")
-        self._whole(0, "sink")
-        if self.source is not None:
-            object.__setattr__(self, "source", (int(self.source[0]), int(self.source[1])))
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """PlanError: it depends on the input."""
-        raise _dynamic(self)
-
-    def kept(self, length: int) -> float:
-        return length * (length + 1) / 2
-
-    def cached(self, length: int) -> float:
-        return length
-
-
-PATTERNS: dict[str, type[Pattern]] = {
-    cls.kind: cls for cls in (Dense, Streaming, Span, Strided, Power, Lines, Blocks, VerticalSlash, TopBlocks, Budget, TopKeys)
-}
-"""Every pattern by its name in JSON."""
-
-
-def pattern_from(given: Any) -> Pattern:
-    """A pattern from plain data. Raises PlanError for an unknown kind or field, or values that describe no pattern."""
-    if not isinstance(given, dict) or "kind" not in given:
-        raise refusal(PlanError, f"{str(given)[:60]}", 'a pattern is {"kind": ..., its fields}', "see headscope.plans.PATTERNS")
-    if given["kind"] not in PATTERNS:
-        raise unknown_name(PlanError, "pattern", str(given["kind"]), PATTERNS)
-    cls = PATTERNS[given["kind"]]
-    known = {item.name for item in fields(cls)}
-    values = {name: _frozen(value) for name, value in given.items() if name != "kind"}
-    for name in values:
-        if name not in known:
-            raise unknown_name(PlanError, f"field of {cls.kind}", name, known)
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise refusal(PlanError, f"{str(given)[:60]}", str(error), f"{cls.kind} takes {', '.join(sorted(known))}") from None
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(one) for one in value) if isinstance(value, list | tuple) else value
-
-
-def _dynamic(pattern: Pattern) -> PlanError:
-    return refusal(PlanError, f"the mask of {pattern}", "its keys are chosen per input", "build them from a call (headscope.plans.indices)")
 
 
 def _count(pattern: Pattern, length: int, step: int = 1024) -> float:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope.errors import PlanError, refusal
-from headscope.plans.patterns import Dense, Pattern, pattern_from
+from headscope.plans.patterns import Dense, Pattern
+from headscope.plans.registry import pattern_from
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

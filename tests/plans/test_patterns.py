@@ -25,7 +25,7 @@ from headscope.plans import (
     TopKeys,
     VerticalSlash,
 )
-from headscope.plans.patterns import pattern_from
+from headscope.plans.registry import pattern_from
 
 SMALL = st.integers(1, 40)
 

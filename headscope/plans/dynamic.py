@@ -1,0 +1,151 @@
+"""Dynamic patterns: which keys a head sees is chosen per input.
+
+A dynamic pattern is the recipe, with its sizes; `headscope.plans.indices` reads q and k of a call and gives the static pattern that it
+comes to there. Counts are what the sizes promise. Where only statistics can say how much a rule keeps (a share of mass), the count is
+that of dense attention, so that no plan looks cheaper than it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from headscope.errors import PlanError, refusal, unknown_name
+from headscope.plans.patterns import BLOCK, Pattern
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Pattern):
+    """`vertical` columns and `slash` diagonals chosen per input from the last `last_q` rows (MInference, arXiv:2407.02490); the first
+    `sink` columns and the last `window` diagonals are always among them. Prefill only: decoding is dense.
+    """
+
+    vertical: int
+    slash: int
+    last_q: int = 64
+    sink: int = 30
+    window: int = 100
+    kind = "vertical_slash"
+    static = False
+
+    def check(self) -> None:
+        self._whole(0, "vertical", "sink")
+        self._whole(1, "slash", "last_q", "window")
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        return min(length * (length + 1) / 2, length * float(max(self.vertical, self.sink) + max(self.slash, self.window)))
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+@dataclass(frozen=True)
+class TopBlocks(Pattern):
+    """Per row tile, the key tiles that an estimate of the block masses ranks first: `share` of them, or as many as reach `mass`.
+
+    `rule`: "pooled" (mean queries against mean keys, MInference, FlexPrefill arXiv:2502.20766), "antidiagonal" (strided sums, XAttention
+    arXiv:2503.16428), "anchor" (scores against an anchor's maximum less `mass` nats, AnchorAttention arXiv:2505.23520), "exact" (the block
+    masses themselves). The first tile and the diagonal one are always kept. `refresh` > 1 keeps the chosen tiles over that many denoising
+    or decode steps (SparseD arXiv:2509.24014).
+    """
+
+    share: float | None = None
+    mass: float | None = None
+    rule: Literal["pooled", "antidiagonal", "anchor", "exact"] = "pooled"
+    block: int = BLOCK
+    stride: int = 16
+    refresh: int = 1
+    kind = "top_blocks"
+    static = False
+
+    def check(self) -> None:
+        self._whole(1, "block", "stride", "refresh")
+        if (self.share is None) == (self.mass is None):
+            raise refusal(
+                PlanError, f"share={self.share}, mass={self.mass}", "one of them says how many tiles are kept", "give exactly one"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise refusal(PlanError, f"share={self.share}", "it is a part of the tiles", "use 0 < share <= 1")
+        if self.mass is not None and not (0 < self.mass <= 1 or (self.rule == "anchor" and self.mass > 0)):
+            raise refusal(PlanError, f"mass={self.mass}", "it is a part of the attention mass", "use 0 < mass <= 1")
+        if self.rule not in ("pooled", "antidiagonal", "anchor", "exact"):
+            raise unknown_name(PlanError, "rule", self.rule, ("pooled", "antidiagonal", "anchor", "exact"))
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        part = self.share if self.share is not None else 1.0  # how many tiles a mass needs is known from statistics only
+        return max(part * length * (length + 1) / 2, min(length, self.block) * length / 2)
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+@dataclass(frozen=True)
+class Budget(Pattern):
+    """After a dense prefill, the `keep` keys that the last `window` rows weigh most, and those rows' own keys (SnapKV, arXiv:2404.14469;
+    HeadKV gives each head a budget of its own). `pool`: width of the mean filter over the scores.
+    """
+
+    keep: int
+    window: int = 32
+    pool: int = 5
+    kind = "budget"
+    static = False
+
+    def check(self) -> None:
+        self._whole(0, "keep")
+        self._whole(1, "window", "pool")
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        return length * (length + 1) / 2
+
+    def cached(self, length: int) -> float:
+        return min(length, self.keep + self.window)
+
+
+@dataclass(frozen=True)
+class TopKeys(Pattern):
+    """Decoding only: per step the `keep` keys of largest weight, chosen by this head itself every `refresh` steps, or taken over from
+    `source` = (layer, head), a layer before it (TidalDecode arXiv:2410.05076, HyLRA arXiv:2602.00777).
+    """
+
+    keep: int
+    refresh: int = 1
+    source: tuple[int, int] | None = None
+    sink: int = 4
+    window: int = 64
+    kind = "top_keys"
+    static = False
+
+    def check(self) -> None:
+        self._whole(1, "keep", "refresh", "window")
+        self._whole(0, "sink")
+        if self.source is not None:
+            object.__setattr__(self, "source", (int(self.source[0]), int(self.source[1])))
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise _dynamic(self)
+
+    def kept(self, length: int) -> float:
+        return length * (length + 1) / 2
+
+    def cached(self, length: int) -> float:
+        return length
+
+
+def _dynamic(pattern: Pattern) -> PlanError:
+    return refusal(PlanError, f"the mask of {pattern}", "its keys are chosen per input", "build them from a call (headscope.plans.indices)")
