@@ -46,7 +46,11 @@ PALETTES: dict[Scheme, Palette] = {
 
 # Okabe and Ito's palette, without its yellow, black and dark blue, which vanish on one of the two grounds.
 ROLE_COLOURS = ("#E69F00", "#D55E00", "#56B4E9", "#CC79A7", "#009E73", "#5B7FFF", "#B59B00", "#8C6BB1", "#7F7F7F", "#A65628")
-ROLE_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "hexagon", "x", "pentagon")
+# 13 symbols and 10 colours: no two of the first 130 roles share both.
+ROLE_SYMBOLS = (
+    *("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "hexagon", "x", "pentagon"),
+    *("triangle-right", "triangle-left", "star-diamond"),
+)
 
 
 def scheme_of(given: str | None = None) -> Scheme:

@@ -21,6 +21,9 @@ _GLYPHS = {
     "hexagon": "⬢",
     "x": "✖",
     "pentagon": "⬟",
+    "triangle-right": "▶",
+    "triangle-left": "◀",
+    "star-diamond": "✦",
 }
 
 

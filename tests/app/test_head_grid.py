@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from headscope.app import theme
+from headscope.app.components import role_legend
 from headscope.app.components.head_grid import colour_range, grid_figure, uncommon
 from headscope.app.components.head_table import table_columns, table_metrics, table_rows
 from headscope.app.components.sorted_heads import sorted_figure
@@ -152,3 +153,9 @@ def test_the_signed_scale_is_extreme_at_both_ends(scheme: theme.Scheme) -> None:
 def test_roles_differ_in_symbol_and_in_colour() -> None:
     assert len({theme.role_symbol(index) for index in range(10)}) == 10
     assert len({theme.role_colour(index) for index in range(10)}) == 10
+
+
+def test_no_two_roles_share_symbol_and_colour() -> None:
+    """More roles than colours: the thirteenth must not look like the third."""
+    assert len({(theme.role_symbol(at), theme.role_colour(at)) for at in range(130)}) == 130
+    assert set(role_legend._GLYPHS) == set(theme.ROLE_SYMBOLS)
