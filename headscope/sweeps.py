@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ def sweep(
         if not isinstance(one, Intervention):
             raise refusal(InterventionError, f"factory gave {one!r}", "it is not an intervention", "return e.g. HeadMask([head])")
         key = f"{origin}/{_identity(one)}" if journal is not None else f"{len(rows)}"
-        value = kept.unit(key, lambda one=one: measure(one))["value"]  # type: ignore[misc]
+        value = kept.unit(key, partial(measure, one))["value"]
         place = {} if head is None else {"layer": head[0], "head": head[1]}
         rows.append({**place, **settings, "value": value, "change": value - baseline})
     facts = {"blocks_run": sum(one.blocks_run for one in prefixes), "blocks": len(prefixes[0].blocks)} if prefixes else {}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -201,7 +201,7 @@ def causal_check(
             return scope.intervene(Streamed(tuple(chosen), *near))
         if mode == "mean":
             return scope.intervene(HeadMask.calibrated(scope, reference, chosen))
-        return scope.intervene(HeadMask(chosen, mode=mode))  # type: ignore[arg-type]
+        return scope.intervene(HeadMask(chosen, mode=cast(Any, mode)))
 
     sets: list[tuple[str, list[Head]]] = [("all heads", []), ("top", top)]
     for number in range(random_sets):

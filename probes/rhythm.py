@@ -221,7 +221,14 @@ class Rhythm(ActiveProbe):
         preplan, anchors = tokens_of.top_share(delta, self.top), tokens_of.top_share(fai, self.top)
         led = tokens_of.dominated(waad, anchors, float(waad.nanmedian()), float(delta.nanmedian()), self.reach)
         _, intro = tokens_of.introductions(delta, self.reach)
-        given = {"preplan": preplan, "anchors": anchors, "dominated": led, "introduced_by": intro, "gain": self.gain, "alpha": self.alpha}
+        given: dict[str, Any] = {
+            "preplan": preplan,
+            "anchors": anchors,
+            "dominated": led,
+            "introduced_by": intro,
+            "gain": self.gain,
+            "alpha": self.alpha,
+        }
         _, pieces = sentences(scope, response)
         received = None if receiving is None else mean_curve(unit["end" if self.horizon == "end" else "band"], receiving)
         columns: dict[str, Any] = {
@@ -239,7 +246,7 @@ class Rhythm(ActiveProbe):
             "introduced_by": torch.where(led & (intro >= 0), intro + response.first, -1).numpy(),
             "waad_peak": tokens_of.peaks(waad, self.top_peaks).numpy(),
             "fai_peak": tokens_of.peaks(fai, self.top_peaks).numpy(),
-            **{f"gamma_{kind}": tokens_of.gamma_weights(kind, **given).numpy() for kind in tokens_of.GAMMAS},  # type: ignore[arg-type]
+            **{f"gamma_{kind}": tokens_of.gamma_weights(kind, **given).numpy() for kind in tokens_of.GAMMAS},
         }
         if received is not None:
             columns["receiver_peak"] = tokens_of.peaks(received, self.top_peaks).numpy()

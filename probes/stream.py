@@ -187,15 +187,15 @@ def _parts(scope: Scope, trace: _Trace, block: str, attention: str, norms: list[
     """The parts of one layer, checked against what ran."""
     model, seen = scope.model, trace.seen
     own = [name for name in norms if name.startswith(f"{block}.") and not name.startswith(f"{attention}.")]
-    entered, out = seen[block].given, seen[attention].made
-    if entered is None or out is None or seen[attention].given is None or seen[block].made is None:
+    entered, out, left = seen[block].given, seen[attention].made, seen[block].made
+    if entered is None or out is None or left is None or seen[attention].given is None:
         raise refusal(ProbeError, f"{attention}", "what goes in and out of it is no hidden state", "name other probes")
     before = trace.made_by(seen[attention].given, own)
     after = next((name for name in own if (given := seen[name].given) is not None and _storage(given) == _storage(out)), None)
     delta = seen[after].made if after is not None else out
     assert delta is not None
     middle = entered + delta
-    rest = seen[block].made - middle  # type: ignore[operator]
+    rest = left - middle
     children = [name for name in inside if name.startswith(f"{block}.") and name in seen]
     sequential = any(_close(seen[name].given, middle) for name in (*own, *children) if name != after)
     parallel = any(_close(seen[name].made, rest) for name in children) or _close(torch.zeros_like(rest), rest)

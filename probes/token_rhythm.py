@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headscope.errors import ProbeError, refusal, unknown_name
 
-GAMMAS = ("local", "global", "coupled")
+GAMMAS: tuple[Literal["local", "global", "coupled"], ...] = ("local", "global", "coupled")
 
 
 def drops(waad: Tensor) -> Tensor:

@@ -369,9 +369,10 @@ def trials_of(
 def context_of(scope: Scope, context: int | None, answer: int) -> int:
     """The longest prompt: what was asked for, else 2,048, inside what the model was made for with room for an answer."""
     limit = scope.max_length
-    room = None if limit is None else limit - answer
-    if context is None:
-        return 2048 if room is None else min(2048, room)
-    if room is not None and context > limit:  # type: ignore[operator]
+    wanted = 2048 if context is None else context
+    if limit is None:
+        return wanted
+    room = limit - answer
+    if context is not None and context > limit:
         raise refusal(ProbeError, f"a context of {context} tokens", f"{scope.name} was made for {limit}", f"use {room} or less")
-    return context if room is None else min(context, room)
+    return min(wanted, room)

@@ -47,18 +47,20 @@ class PlanModel:
     @classmethod
     def of(cls, source: Scope | HeadProfile) -> PlanModel:
         """From a live model, or from the profile of one."""
-        topology: Topology | None = getattr(source, "topology", None)
-        if topology is not None:
+        from headscope.profile.head_profile import HeadProfile
+
+        if not isinstance(source, HeadProfile):
+            topology: Topology = source.topology
             main = topology.main
             return cls(
-                source.name,  # type: ignore[union-attr]
+                source.name,
                 topology.layers,
                 tuple(module.heads for module in main),
                 tuple(module.kv_heads for module in main),
                 tuple(module.head_dim for module in main),
-                source.fingerprint,  # type: ignore[union-attr]
+                source.fingerprint,
             )
-        table, facts = source.table, source.card.model  # type: ignore[union-attr]
+        table, facts = source.table, source.card.model
         grouped = table.groupby("layer", sort=True)
         layers = tuple(int(layer) for layer in grouped.groups)
         return cls(
