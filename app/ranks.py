@@ -20,3 +20,11 @@ def rank_share(values: np.ndarray) -> np.ndarray:
     ranks = descending_ranks(values)
     known = int((~np.isnan(ranks)).sum())
     return (known - ranks + 1) / max(known, 1)
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's correlation over the heads that have both, equal values sharing their mean rank; NaN for fewer than two or a constant."""
+    from headscope.profile.comparison import correlation, mean_ranks
+
+    both = np.isfinite(first) & np.isfinite(second)
+    return correlation(mean_ranks(first[both]), mean_ranks(second[both]))

@@ -11,14 +11,22 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from headscope.app.plan_files import PlanFiles
 from headscope.errors import RunError, refusal
-from headscope.store import MapInfo, open_run
+from headscope.store import KeptLayer, MapInfo, open_run
 from headscope.store.read import read_card
+
+if TYPE_CHECKING:
+    from headscope.profile.head_profile import HeadProfile
+    from headscope.store.pictures import PictureReader
+
+if TYPE_CHECKING:
+    from headscope.profile import HeadProfile
 
 RUN_FILES = ("card.json", "heads.parquet")
 KEPT_OPEN = 8
@@ -48,6 +56,7 @@ class Run:
 
     def __init__(self, run: str, path: Path) -> None:
         self.id = run
+        self.path = path
         self._store = open_run(path)
         self.card = read_card(path)
         self.table = self._store.heads
@@ -58,6 +67,16 @@ class Run:
         self.heads = self._store.heads_per_layer
         self.reasons = _reasons(self.table)
         self._place = {layer: index for index, layer in enumerate(self.layers)}
+        self.path = path
+        card = path / "card.json"
+        self.version = f"{card.stat().st_mtime_ns:x}"
+        """Changes when the run is written again: part of every tile's address."""
+
+    def profile(self) -> HeadProfile:
+        """The run as a HeadProfile, for what needs one (choosing heads, planning, exporting)."""
+        from headscope.profile import HeadProfile
+
+        return HeadProfile(self.table, self._store.card, self._store, self.path, tables=self._store.tables)
 
     def has(self, layer: int, head: int) -> bool:
         """True when the run measured this head."""
@@ -128,6 +147,24 @@ class Run:
         """One head's map at a level [n, n] float32."""
         return self._store.map(plane, layer, head, level)
 
+    def tile(self, plane: str, level: int, layer: int, head: int, i: int, j: int) -> np.ndarray:
+        """One tile of a head's map, sums or maxima of its blocks: [rows, columns] float32."""
+        return self._store.tile(plane, level, layer, head, i, j)
+
+    @property
+    def pictures(self) -> PictureReader | None:
+        """Attention over a picture by frame; None when the run has none."""
+        return self._store.pictures
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Layers whose q and k are there, so that exact cells can be recomputed."""
+        return self._store.kept_layers
+
+    def kept_layer(self, layer: int) -> KeptLayer:
+        """q, k and lse of a layer, read when they are sliced. RunError when they were not kept."""
+        return self._store.kept_layer(layer)
+
 
 class RunIndex:
     """The runs under one directory, or one run. Listing is redone for every request of the list; opened runs are kept until they change."""
@@ -138,6 +175,7 @@ class RunIndex:
             raise refusal(RunError, str(given), "there is no such directory", "make a run with `headscope profile MODEL --out runs/NAME`")
         self.root = given.resolve()
         self.single = self.root.name if _looks_like_run(self.root) else None
+        self.plans = PlanFiles(self.root)
         self._open: dict[str, tuple[int, Run]] = {}
         self._lock = threading.Lock()
 

@@ -22,6 +22,26 @@ def head_url(run: str, layer: int, head: int, **state: str) -> str:
     return _address(f"/run/{quote(run, safe='')}/head/{layer}/{head}", state)
 
 
+def api_url(run: str, *parts: str) -> str:
+    """Address of what the viewer asks for, without a query."""
+    return str(dash.get_relative_path("/".join((f"/api/run/{quote(run, safe='')}", *parts))))
+
+
+def pictures_url(run: str, **state: str) -> str:
+    """Address of all heads of a run on its picture."""
+    return _address(f"/run/{quote(run, safe='')}/pictures", state)
+
+
+def compare_url(first: str, second: str, **state: str) -> str:
+    """Address of two runs side by side."""
+    return _address("/compare", {"a": first, "b": second, **state})
+
+
+def plan_url(run: str, **state: str) -> str:
+    """Address of a run's plan page."""
+    return _address(f"/run/{quote(run, safe='')}/plan", state)
+
+
 def home_url() -> str:
     """Address of the list of runs."""
     return str(dash.get_relative_path("/"))

@@ -7,6 +7,8 @@
   function replaceQuery(pairs) {
     var query = new URLSearchParams();
     Object.keys(pairs).forEach(function (key) { if (pairs[key] !== null && pairs[key] !== undefined && pairs[key] !== "") query.set(key, pairs[key]); });
+    var now = new URLSearchParams(window.location.search);
+    ["frame", "patch"].forEach(function (key) { if (now.has(key) && document.getElementById("pictures")) query.set(key, now.get(key)); });
     var text = query.toString().replace(/%2C/g, ",");
     var address = window.location.pathname + (text ? "?" + text : "");
     if (address !== window.location.pathname + window.location.search) window.history.replaceState(window.history.state, "", address);
@@ -15,40 +17,67 @@
 
   function headAddress(run, layer, head) {
     var prefix = window.location.pathname.split("/run/")[0];
-    return prefix + "/run/" + encodeURIComponent(run) + "/head/" + layer + "/" + head;
-  }
-
-  /* A block's place as text: "256 to 271". */
-  function span(first, block, tokens) {
-    var last = Math.min(first + block, tokens) - 1;
-    return first === last ? first.toLocaleString("en") : first.toLocaleString("en") + " to " + last.toLocaleString("en");
-  }
-
-  function row(label, value, note) {
-    var text = function (type, content, name) { return { namespace: "dash_html_components", type: type, props: { children: content, className: name } }; };
-    return text("Div", [text("Span", label, "tip-label"), text("B", value, ""), text("Span", note || "", "tip-note")], "tip-row");
-  }
-
-  function plain(value) {
-    if (value === 0) return "0";
-    return Math.abs(value) < 0.001 ? value.toExponential(2) : Number(value.toPrecision(4)).toString();
+    var pins = new URLSearchParams(window.location.search).get("pins");
+    return prefix + "/run/" + encodeURIComponent(run) + "/head/" + layer + "/" + head + (pins ? "?pins=" + pins : "");
   }
 
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
     headscope: {
-      heads_url: function (metric, scale, roles) {
-        return replaceQuery({ metric: metric, scale: scale === "value" ? "" : scale, roles: (roles || []).join(",") });
+      heads_url: function (metric, scale, roles, x, y, find, picked, pins, usual) {
+        var few = (picked || "").split(",").length <= 128;
+        return replaceQuery({
+          metric: metric,
+          scale: scale === "value" ? "" : scale,
+          roles: (roles || []).join(","),
+          x: x === usual.x ? "" : x,
+          y: y === usual.y && x === usual.x ? "" : y,
+          find: find,
+          picked: find || !few ? "" : picked,
+          pins: pins
+        });
       },
 
-      open_head: function (grid, ordered, cell, run, rows) {
+      /* A box or a lasso in the scatter plot: the heads in it are the picked ones, and the finder's text no longer is what picked them. */
+      pick_box: function (selected, picked) {
+        if (selected && selected.points) {
+          var names = selected.points.filter(function (point) { return point.customdata; }).map(function (point) { return point.customdata.join("."); });
+          names = Array.from(new Set(names)).sort(function (a, b) { return parseFloat(a) - parseFloat(b) || a.split(".")[1] - b.split(".")[1]; }).join(",");
+          if (names && names !== picked) {
+            window.dash_clientside.set_props("find", { value: "" });
+            window.dash_clientside.set_props("picked", { data: names });
+          }
+        }
+        return NO();
+      },
+
+      pin: function (pinned, cleared, picked, pins) {
+        var trigger = (window.dash_clientside.callback_context.triggered[0] || {}).prop_id || "";
+        if (trigger.indexOf("clear-picked") === 0 && cleared) {
+          window.dash_clientside.set_props("find", { value: "" });
+          window.dash_clientside.set_props("picked", { data: "" });
+        }
+        if (trigger.indexOf("pin-picked") === 0 && pinned && picked) window.dash_clientside.set_props("pins", { data: joined(pins, picked) });
+        return NO();
+      },
+
+      /* The pin of a head's page. */
+      pin_here: function (clicks, name, pins) {
+        var list = (pins || "").split(",").filter(Boolean), at = list.indexOf(name);
+        if (at >= 0) list.splice(at, 1); else list.push(name);
+        window.dash_clientside.set_props("pins", { data: list.join(",") });
+        return NO();
+      },
+
+      open_head: function (grid, ordered, scatter, cell, run, rows) {
         var trigger = (window.dash_clientside.callback_context.triggered[0] || {}).prop_id || "";
         var point;
         if (trigger.indexOf("grid.") === 0 && grid) {
           point = grid.points[0];
           return headAddress(run, Math.round(point.x), Math.round(point.y));
         }
-        if (trigger.indexOf("ordered.") === 0 && ordered && ordered.points[0].customdata) {
-          point = ordered.points[0].customdata;
+        var plot = trigger.indexOf("ordered.") === 0 ? ordered : trigger.indexOf("scatter.") === 0 ? scatter : null;
+        if (plot && plot.points[0].customdata) {
+          point = plot.points[0].customdata;
           return headAddress(run, point[0], point[1]);
         }
         if (trigger.indexOf("table.") === 0 && cell && rows && rows[cell.rowIndex]) {
@@ -57,8 +86,8 @@
         return NO();
       },
 
-      head_url: function (plane, scale, sink, win, series, colour, token, usual) {
-        var links = Array.prototype.slice.call(arguments, 8);
+      head_url: function (plane, scale, sink, win, series, colour, token, key, plan, pins, usual) {
+        var links = Array.prototype.slice.call(arguments, 11);
         var plots = (series || []).join(",");
         var query = replaceQuery({
           plane: plane === usual.plane ? "" : plane,
@@ -68,7 +97,10 @@
           k: win.length ? win[2] + "-" + win[3] : "",
           plots: plots === usual.plots ? "" : plots,
           colour: colour === usual.colour ? "" : colour,
-          token: token < 0 ? "" : token
+          token: token < 0 ? "" : token,
+          key: key < 0 ? "" : key,
+          plan: plan || "",
+          pins: pins
         });
         return links.map(function (link) { return link.split("?")[0] + (query ? "?" + query : ""); });
       },
@@ -78,27 +110,24 @@
         return NO();
       },
 
-      map_tip: function (hover, figure) {
-        if (!hover || !hover.points.length || !figure) return [false, NO(), NO()];
-        var point = hover.points[0], meta = figure.layout.meta;
-        if (point.z === null || point.z === undefined || Number.isNaN(point.z)) return [false, NO(), NO()];
-        var r = Math.floor((point.y - meta.q0) / meta.block), c = Math.floor((point.x - meta.k0) / meta.block);
-        var value = meta.log ? Math.pow(10, point.z) : point.z;
-        var kind = meta.plane === "mass" ? "mass per query" : "largest weight";
-        var floor = meta.log && point.z <= figure.data[0].zmin + 1e-9 ? "at most " : "";
-        return [true, point.bbox, [
-          row("queries", span(meta.q0 + r * meta.block, meta.block, meta.tokens), meta.rows[r]),
-          row("keys", span(meta.k0 + c * meta.block, meta.block, meta.tokens), meta.columns[c]),
-          row(kind, floor + plain(value), "")
-        ]];
-      },
-
       strip: function (data, token) {
         var strip = document.getElementById("strip");
         if (strip && data) drawStrip(strip, data, token);
         return "";
       }
     }
+  });
+
+  /* Two lists of heads as one, at most 256. */
+  function joined(first, second) {
+    return Array.from(new Set((first ? first.split(",") : []).concat(second.split(",")))).slice(0, 256).join(",");
+  }
+
+  document.addEventListener("click", function (event) {
+    var button = event.target.closest && event.target.closest("[data-unpin]");
+    if (!button) return;
+    var list = (new URLSearchParams(window.location.search).get("pins") || "").split(",").filter(function (name) { return name && name !== button.dataset.unpin; });
+    window.dash_clientside.set_props("pins", { data: list.join(",") });
   });
 
   /* Mantine writes the scheme on <html>; a change that the cookie does not know was made by a person. */
@@ -144,7 +173,7 @@
   document.addEventListener("keydown", function (event) {
     if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || !KEYS[event.key]) return;
     var at = event.target;
-    if (at.closest && at.closest("input, textarea, select, [role=listbox], [role=radiogroup], .ag-root, #strip, [contenteditable=true]")) return;
+    if (at.closest && at.closest("input, textarea, select, [role=listbox], [role=radiogroup], .ag-root, #strip, .viewer, .pictures, [contenteditable=true]")) return;
     var link = document.getElementById(KEYS[event.key]);
     if (!link) return;
     event.preventDefault();

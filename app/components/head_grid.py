@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from headscope.app import theme
+from headscope.app.components.head_scatter import RING
 from headscope.app.figures import typed
+from headscope.app.finder import Head
 from headscope.app.format import number, words
 from headscope.app.metrics import Metric
 from headscope.app.ranks import descending_ranks, rank_share
@@ -23,8 +25,18 @@ UNCOMMON = 0.15  # share of all heads
 REASONS_UP_TO = 2048  # heads; beyond that the hover text keeps to role names, so that the figure stays small
 
 
-def grid_figure(run: Run, metric: Metric, scale: str, roles: list[str], scheme: theme.Scheme) -> dict[str, Any]:
-    """The figure: trace 0 is the heat map (z [heads, layers]), then the fade if roles are chosen, then one trace of symbols per role."""
+def grid_figure(
+    run: Run,
+    metric: Metric,
+    scale: str,
+    roles: list[str],
+    scheme: theme.Scheme,
+    picked: list[Head] | None = None,
+    pins: list[Head] | None = None,
+) -> dict[str, Any]:
+    """The figure: trace 0 is the heat map (z [heads, layers]), then the fade if roles are chosen, then one trace of symbols per role, then
+    rings around the picked heads and squares around the pinned ones.
+    """
     values = run.grid(metric.name).T  # [H, L]
     shown = rank_share(values) if scale == "rank" else values
     palette = theme.PALETTES[scheme]
@@ -49,6 +61,7 @@ def grid_figure(run: Run, metric: Metric, scale: str, roles: list[str], scheme: 
     if roles:
         traces.append(_fade(run, roles, palette))
     traces += _symbols(run, [role for role in run.roles if role in (roles or uncommon(run))], palette)
+    traces += _marked(run, picked or [], pins or [], scheme)
     figure_layout = theme.layout(
         scheme,
         margin={"l": 44, "r": 8, "t": 26, "b": 40},
@@ -154,6 +167,24 @@ def _symbols(run: Run, roles: list[str], palette: theme.Palette) -> list[dict[st
             "hoverinfo": "skip",
         }
         for role in roles
+    ]
+
+
+def _marked(run: Run, picked: list[Head], pins: list[Head], scheme: theme.Scheme) -> list[dict[str, Any]]:
+    cells = run.heads * len(run.layers)
+    size = 13 if cells <= 600 else 9 if cells <= 2400 else 6
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": [layer for layer, _ in heads],
+            "y": [head for _, head in heads],
+            "hoverinfo": "skip",
+            "marker": {"symbol": symbol, "size": size + extra, "color": RING[scheme], "line": {"width": 2, "color": RING[scheme]}},
+        }
+        for name, heads, symbol, extra in (("picked", picked, "circle-open", 0), ("pinned", pins, "square-open", 4))
+        if heads
     ]
 
 

@@ -1,4 +1,4 @@
-"""The four panels of a head's page."""
+"""The panels of a head's page beside its map."""
 
 from __future__ import annotations
 
@@ -9,28 +9,17 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from headscope.app import theme
-from headscope.app.components import block_map, token_series, token_strip
+from headscope.app.components import token_series, token_strip
 from headscope.app.components.head_facts import head_metrics, head_roles
 from headscope.app.components.head_state import HeadState
-from headscope.app.components.panel import control, panel, tag
+from headscope.app.components.line_panel import line_panel
+from headscope.app.components.panel import control, panel
 from headscope.app.components.token_facts import token_facts
-from headscope.app.figures import empty
 from headscope.app.runs import Run
 
 Place = list[int]
 """[layer, head]."""
 HIDDEN = {"visible": False}
-NO_MAPS = "This run was made without maps: profile again with maps=True."
-
-
-def draw_map(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> tuple[dict[str, Any], list[Component]]:
-    """The map's figure and its badge; a run without maps says so."""
-    if run.maps is None:
-        return empty(NO_MAPS, theme.layout(scheme, meta={})), []
-    view = block_map.map_view(run, place[0], place[1], state.plane, state.hide_sink, state.window)
-    figure = block_map.map_figure(run, view, state.plane, state.scale, scheme, state.token)
-    words = block_map.badge(view, state.plane, len(run.levels), state.hide_sink)
-    return figure, [tag(word, className="tag-strong" if index == 0 else "") for index, word in enumerate(words)]
 
 
 def draw_strip(run: Run, place: Place, colour: str, page: int) -> tuple[dict[str, Any], Component]:
@@ -39,27 +28,10 @@ def draw_strip(run: Run, place: Place, colour: str, page: int) -> tuple[dict[str
     return data, token_strip.strip_legend(data, colour)
 
 
-def map_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
-    """The map with its controls and its badge."""
-    figure, words = draw_map(run, place, state, scheme)
-    controls = html.Div(
-        [
-            control("Cell shows", _segments("plane", state.plane, {"mass": "mass", "max": "max"})),
-            control("Scale", _segments("map-scale", state.scale, {"log": "log", "linear": "linear"})),
-            dmc.Switch(id="hide-sink", checked=state.hide_sink, label="Hide first keys", size="xs"),
-        ],
-        className="toolbar toolbar-tight",
-    )
-    config = theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-map") | {"doubleClick": "autosize"}
-    graph = dcc.Graph(id="map", figure=figure, config=config, className="graph map-graph", clear_on_unhover=True)
-    return panel(
-        "Attention map",
-        controls,
-        html.Div(words, id="map-badge", className="tags map-badge"),
-        html.Div([graph, dcc.Tooltip(id="map-tip", className="map-tip", direction="bottom")], className="map-frame"),
-        html.P("Mass is shown per query, so a full row adds up to 1. Drag to zoom, double-click to see all.", className="hint"),
-        className="area-map",
-    )
+def lines_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
+    """The chosen query and key."""
+    shown = line_panel(run, place[0], place[1], state.token, state.key, scheme)
+    return panel("Chosen query and key", html.Div(shown, id="lines-of-cell"), className="area-lines")
 
 
 def facts_panel(run: Run, place: Place) -> Component:
@@ -130,7 +102,3 @@ def text_panel(run: Run, place: Place, state: HeadState) -> Component:
         aside=control("Colour by", select),
         className="area-text",
     )
-
-
-def _segments(name: str, value: str, options: dict[str, str]) -> Component:
-    return dmc.SegmentedControl(id=name, value=value, data=[{"value": key, "label": text} for key, text in options.items()], size="xs")

@@ -8,6 +8,7 @@ import dash_ag_grid as dag
 import numpy as np
 from dash.development.base_component import Component
 
+from headscope.app.finder import Head
 from headscope.app.metrics import describe
 from headscope.app.runs import Run
 
@@ -27,13 +28,16 @@ def table_metrics(run: Run, first: str) -> list[str]:
     return ordered[: max(MAX_VALUES // max(len(run.table), 1), 1)]
 
 
-def table_rows(run: Run, metrics: list[str]) -> list[dict[str, Any]]:
-    """One row per head: layer, head, kv_head, roles as text, and m0, m1, ... the metrics in four significant digits (short keys: a key is
-    sent with every number).
+def table_rows(run: Run, metrics: list[str], picked: list[Head] | None = None) -> list[dict[str, Any]]:
+    """One row per head, or per picked one: layer, head, kv_head, roles as text, and m0, m1, ... the metrics in four significant digits
+    (short keys: a key is sent with every number).
     """
     columns = [run.table[name].to_numpy(dtype=np.float64) for name in metrics]
     rows = []
+    wanted = set(picked or ())
     for index, (layer, head, kv_head) in enumerate(zip(run.table["layer"], run.table["head"], run.table["kv_head"], strict=True)):
+        if wanted and (int(layer), int(head)) not in wanted:
+            continue
         row: dict[str, Any] = {"layer": int(layer), "head": int(head), "kv_head": int(kv_head)}
         row["roles"] = ", ".join(run.reasons[int(layer), int(head)]).replace("_", " ")
         for position, values in enumerate(columns):
@@ -68,8 +72,10 @@ def table_columns(run: Run, metrics: list[str]) -> list[dict[str, Any]]:
     return [*place, roles, *numbers]
 
 
-def table_note(run: Run, metrics: list[str]) -> str:
+def table_note(run: Run, metrics: list[str], picked: list[Head] | None = None) -> str:
     """What to know about the table."""
+    if picked:
+        return f"{len(picked):,} of {len(run.table):,} heads: the picked ones"
     cut = "" if len(metrics) == len(run.metrics) else f"{len(metrics)} of {len(run.metrics)} metrics, the chosen one first; "
     return f"{cut}click a row to open the head"
 

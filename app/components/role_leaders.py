@@ -23,7 +23,8 @@ def role_leaders(run: Run, n: int = 5) -> Component:
             [role_glyph(run, role), html.Span(words(role), className="leader-name"), html.Span(str(len(heads)), className="leader-count")],
             title=run.rule(role) or None,
         )
-        rows.append(html.Div([name, html.Div(links, className="leader-heads")], className="leader"))
+        rule = html.P(run.rule(role), className="leader-rule") if run.rule(role) else None
+        rows.append(html.Div([name, html.Div(links, className="leader-heads"), rule], className="leader"))
     if not rows:
         return html.P("No head reached a role's threshold in this run; the grid shows every metric.", className="muted")
     return html.Div(rows, className="leaders")

@@ -45,11 +45,19 @@ def shell() -> Component:
 
 
 def header() -> Component:
-    """Logo and scheme switch."""
+    """Logo, pages and scheme switch."""
     logo = html.Img(src=dash.get_asset_url("logo.svg"), alt="", width=24, height=24)
     return html.Header(
         [
             dcc.Link([logo, html.Span("headscope")], href=home_url(), className="brand"),
+            html.Nav(
+                [
+                    dcc.Link(label, href=dash.get_relative_path(path), className="header-link")
+                    for label, path in (("Runs", "/"), ("Compare", "/compare"), ("Live model", "/live"))
+                ],
+                className="header-nav",
+                **{"aria-label": "Pages"},
+            ),
             html.Div(
                 dmc.ColorSchemeToggle(
                     id="scheme",

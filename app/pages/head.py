@@ -9,16 +9,20 @@ from dash import ClientsideFunction, Input, Output, State, dcc, html
 from dash.development.base_component import Component
 
 from headscope.app import context, theme
-from headscope.app.components import block_map, token_series
-from headscope.app.components.head_panels import Place, draw_map, draw_strip, facts_panel, map_panel, series_panel, text_panel
+from headscope.app.components import token_series
+from headscope.app.components.head_panels import Place, draw_strip, facts_panel, lines_panel, series_panel, text_panel
 from headscope.app.components.head_state import HeadState, usual
 from headscope.app.components.head_steps import WAYS, head_steps
+from headscope.app.components.line_panel import line_panel
+from headscope.app.components.map_viewer import map_panel, plan_note
+from headscope.app.components.picture_panel import picture_panel
 from headscope.app.components.role_legend import role_badge
 from headscope.app.components.shell import crumbs
 from headscope.app.components.states import failure
 from headscope.app.components.token_facts import token_facts
+from headscope.app.finder import heads_of, names_of
 from headscope.app.runs import Run
-from headscope.app.urls import home_url, run_url
+from headscope.app.urls import head_url, home_url, run_url
 from headscope.errors import RunError
 
 TITLE = "Head · headscope"
@@ -40,29 +44,35 @@ def layout(run: str = "", layer: str = "", head: str = "", **query: object) -> C
     place = [int(layer), int(head)]
     try:
         state = HeadState.read(query, opened)
-        return _page(opened, place, state, theme.scheme_of())
+        return _page(opened, place, state, theme.scheme_of(), picture_panel(opened, place, query))
     except RunError as error:
         return failure("This head cannot be shown", str(error))
 
 
-def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
+def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme, picture: Component | None) -> Component:
     layer, head = place
     return html.Div(
         [
             dcc.Store(id="run-id", data=run.id),
             dcc.Store(id="place", data=place),
             dcc.Store(id="token", data=NO_TOKEN if state.token is None else state.token),
+            dcc.Store(id="key", data=NO_TOKEN if state.key is None else state.key),
             dcc.Store(id="map-window", data=WHOLE if state.window is None else list(state.window)),
             dcc.Store(id="token-picked", data=""),
-            dcc.Store(id="map-zoomed", data=""),
             dcc.Store(id="usual", data=usual(run)),
+            dcc.Store(id="pins", data=state.pins),
+            dcc.Store(id="this-head", data=f"{layer}.{head}"),
             html.Div(
                 [
                     html.Div(
                         [
-                            crumbs(("Runs", home_url()), (run.id, run_url(run.id)), (f"layer {layer}, head {head}", None)),
+                            crumbs(("Runs", home_url()), (run.id, run_url(run.id, pins=state.pins)), (f"layer {layer}, head {head}", None)),
                             html.Div(
-                                [html.H1(f"Layer {layer} · Head {head}"), *[role_badge(run, role) for role in run.reasons[layer, head]]],
+                                [
+                                    html.H1(f"Layer {layer} · Head {head}"),
+                                    *[role_badge(run, role) for role in run.reasons[layer, head]],
+                                    pin_button(),
+                                ],
                                 className="title-row",
                             ),
                         ]
@@ -71,10 +81,12 @@ def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Com
                 ],
                 className="page-title page-title-split",
             ),
+            picture,
             html.Div(
                 [
-                    map_panel(run, place, state, scheme),
+                    map_panel(run, place, state),
                     facts_panel(run, place),
+                    lines_panel(run, place, state, scheme),
                     series_panel(run, place, state, scheme),
                     text_panel(run, place, state),
                 ],
@@ -84,34 +96,37 @@ def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Com
     )
 
 
-def update_map(
-    plane: str, scale: str, hide_sink: bool, window: list[int] | None, token: int | None, scheme: str | None, run: str, place: Place
-) -> tuple[dict[str, Any], list[Component]]:
-    """Callback: the map after a choice, a zoom, a chosen token or a change of scheme."""
+def update_lines(token: int, key: int, scheme: str | None, run: str, place: Place) -> Component:
+    """Callback: the rows and columns of the chosen cell."""
     opened = context.open_run(run)
-    state = HeadState.checked(opened, plane=plane, scale=scale, hide_sink=hide_sink, window=window, token=token)
-    return draw_map(opened, place, state, theme.scheme_of(scheme))
+    state = HeadState.checked(opened, token=token, key=key)
+    return line_panel(opened, place[0], place[1], state.token, state.key, theme.scheme_of(scheme))
 
 
-def zoom(relayout: dict[str, Any] | None, window: list[int] | None, run: str) -> Any:
-    """The window that a zoom or a pan asks for, [] for all; no update where nothing about the axes changed."""
+def pin_button() -> Component:
+    """Pins this head or lets it go; the pinned heads beside it."""
+    pin = html.Button("Pin", id="pin-here", type="button", className="small-button", title="Keep this head in the address, or let it go")
+    return html.Span([pin, html.Span(id="pinned-here", className="found")], className="pin-here")
+
+
+def show_pinned(pins: str, run: str, place: Place) -> list[Component]:
+    """Callback: the pinned heads as links, this one marked."""
     opened = context.open_run(run)
-    try:
-        new = block_map.window_of(relayout, opened.maps.tokens if opened.maps else 0)
-    except (KeyError, TypeError, ValueError):
-        return dash.no_update
-    found = WHOLE if new is None else list(new)
-    return dash.no_update if found == (window or WHOLE) else found
+    heads = heads_of(pins, opened)
+    links: list[Component] = []
+    for layer, head in heads[:10]:
+        here = [layer, head] == place
+        links.append(
+            html.B(f"{layer}.{head}", className="head-link head-here", title="This head is pinned")
+            if here
+            else dcc.Link(f"{layer}.{head}", href=head_url(opened.id, layer, head, pins=names_of(heads)), className="head-link")
+        )
+    return links
 
 
-def follow_zoom(relayout: dict[str, Any] | None, window: list[int] | None, run: str) -> Any:
-    """Callback: hands a new window to the map. `map-window` is set, not returned: an output counts as changed when a page opens, and the
-    map would be drawn twice.
-    """
-    new = zoom(relayout, window, run)
-    if new is not dash.no_update:
-        dash.set_props("map-window", {"data": new})
-    return dash.no_update
+def update_plan(name: str | None, run: str, place: Place) -> Component | None:
+    """Callback: what the chosen plan drops of this head."""
+    return plan_note(context.open_run(run), place[0], place[1], name or "")
 
 
 def update_series(names: list[str] | None, token: int | None, scheme: str | None, run: str, place: Place) -> dict[str, Any]:
@@ -137,22 +152,31 @@ def register(app: dash.Dash) -> None:
     """Installs the page's callbacks."""
     run, place = State("run-id", "data"), State("place", "data")
     scheme, token = Input("scheme-now", "data"), Input("token", "data")
-    window = Input("map-window", "data")
+    window, key, plan = Input("map-window", "data"), Input("key", "data"), Input("plan", "value")
     once = {"prevent_initial_call": True}
-    app.callback(
-        Output("map", "figure"),
-        Output("map-badge", "children"),
+    app.callback(Output("lines-of-cell", "children"), token, key, scheme, run, place, **once)(update_lines)
+    app.callback(Output("pinned-here", "children"), Input("pins", "data"), run, place)(show_pinned)
+    app.clientside_callback(
+        ClientsideFunction("headscope", "pin_here"),
+        Output("pin-here", "lang"),
+        Input("pin-here", "n_clicks"),
+        State("this-head", "data"),
+        State("pins", "data"),
+        **once,
+    )
+    app.clientside_callback(ClientsideFunction("headscope", "picture_head"), Output("pictures", "lang"), Input("picture-facts", "data"))
+    app.callback(Output("plan-note", "children"), plan, run, place)(update_plan)
+    app.clientside_callback(
+        ClientsideFunction("headscope", "viewer"),
+        Output("viewer", "lang"),
+        Input("viewer-facts", "data"),
         Input("plane", "value"),
         Input("map-scale", "value"),
         Input("hide-sink", "checked"),
-        window,
+        plan,
         token,
-        scheme,
-        run,
-        place,
-        **once,
-    )(update_map)
-    app.callback(Output("map-zoomed", "data"), Input("map", "relayoutData"), State("map-window", "data"), run, **once)(follow_zoom)
+        key,
+    )
     app.callback(Output("lines", "figure"), Input("series", "value"), token, scheme, run, place)(update_series)
     app.callback(
         Output("strip-data", "data"),
@@ -169,15 +193,6 @@ def register(app: dash.Dash) -> None:
         ClientsideFunction("headscope", "pick_token"), Output("token-picked", "data"), Input("lines", "clickData"), **once
     )
     app.clientside_callback(
-        ClientsideFunction("headscope", "map_tip"),
-        Output("map-tip", "show"),
-        Output("map-tip", "bbox"),
-        Output("map-tip", "children"),
-        Input("map", "hoverData"),
-        State("map", "figure"),
-        **once,
-    )
-    app.clientside_callback(
         ClientsideFunction("headscope", "head_url"),
         *[Output(f"step-{way}", "href") for way in WAYS],
         Input("plane", "value"),
@@ -187,6 +202,9 @@ def register(app: dash.Dash) -> None:
         Input("series", "value"),
         Input("colour", "value"),
         token,
+        key,
+        plan,
+        Input("pins", "data"),
         State("usual", "data"),
         *[State(f"step-{way}", "href") for way in WAYS],
         **once,
