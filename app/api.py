@@ -227,7 +227,7 @@ def cached(run: Run, name: str, make: Any, kind: str, lasting: bool = True) -> f
         response.status_code = 304
         return response
     packed = served().packed.get((str(run.path), tag), make)
-    if "gzip" in request.accept_encodings:
+    if request.accept_encodings.quality("gzip"):
         response.headers["Content-Encoding"] = "gzip"
         response.set_data(packed)
     else:

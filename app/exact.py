@@ -8,6 +8,7 @@ than PIECE x PIECE weights; a head is never recomputed whole.
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,12 @@ class Pieces:
         parts = []
         for piece in range(first // ROWS, -(-last // ROWS)):
             low = piece * ROWS
-            values = self._cache.get((*self._name, head, piece), lambda low=low: np.asarray(self._source[head, low : low + ROWS]))  # type: ignore[misc]
+            values = self._cache.get((*self._name, head, piece), partial(self._read, head, low))
             parts.append(values[max(first - low, 0) : last - low])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read(self, head: int, low: int) -> np.ndarray:
+        return np.asarray(self._source[head, low : low + ROWS])
 
 
 class ExactHead:

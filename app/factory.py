@@ -12,11 +12,11 @@ from pathlib import Path
 import dash
 import flask
 
-from headscope.app import api, context
+from headscope.app import api, context, upload_routes
+from headscope.app import pictures as picture_routes
 from headscope.app.components import shell
 from headscope.app.live import access
 from headscope.app.live.owner import ModelOwner
-from headscope.app import pictures as picture_routes
 from headscope.app.page_template import INDEX
 from headscope.app.pages import compare, head, heads, live, not_found, pictures, plan, runs
 from headscope.app.runs import RunIndex
@@ -51,14 +51,16 @@ def create_app(path: str | Path, *, token: str | None = None, model: ModelOwner 
         "headscope.app.pages.head", path_template="/run/<run>/head/<layer>/<head>", layout=head.layout, title=head.TITLE, order=0
     )
     dash.register_page("headscope.app.pages.plan", path_template="/run/<run>/plan", layout=plan.layout, title=plan.TITLE, order=-1)
-    dash.register_page("headscope.app.pages.pictures", path_template="/run/<run>/pictures", layout=pictures.layout, title=pictures.TITLE, order=0)
+    dash.register_page(
+        "headscope.app.pages.pictures", path_template="/run/<run>/pictures", layout=pictures.layout, title=pictures.TITLE, order=0
+    )
     dash.register_page("headscope.app.pages.heads", path_template="/run/<run>", layout=heads.layout, title=heads.TITLE, order=1)
     dash.register_page("headscope.app.pages.runs", path="/", layout=runs.layout, title=runs.TITLE, order=2)
     dash.register_page("headscope.app.pages.live", path_template="/live", layout=live.layout, title=live.TITLE, order=8)
     dash.register_page("headscope.app.pages.compare", path_template="/compare", layout=compare.layout, title=compare.TITLE, order=4)
     dash.register_page("headscope.app.pages.not_found_404", path="/not-found", layout=not_found.layout, title=not_found.TITLE, order=3)
     app.layout = shell.shell
-    for page in (heads, head, live, compare, plan, pictures):
+    for page in (runs, heads, head, live, compare, plan, pictures):
         page.register(app)
     context.bind(app.server, index)
     api.install(app.server)

@@ -45,8 +45,8 @@ def _part(run: Run, part: str) -> set[Head]:
         return {_head(run, int(place[1]), int(place[2]))}
     if "," in part:
         found: set[Head] = set()
-        for one in part.split(","):
-            found |= _part(run, one.strip())
+        for piece in part.split(","):
+            found |= _part(run, piece.strip())
         return found
     ranked = re.fullmatch(r"(top|bottom)\s+(\d+)\s+(.+)", part, flags=re.IGNORECASE)
     if ranked:
@@ -54,9 +54,9 @@ def _part(run: Run, part: str) -> set[Head]:
     compared = re.fullmatch(rf"(.+?)\s*(>=|<=|==|>|<|=)\s*({_NUMBER})\s*(%?)", part, flags=re.IGNORECASE)
     if compared:
         return _compared(run, compared[1].strip(), compared[2], float(compared[3]) / (100 if compared[4] else 1))
-    layer = re.fullmatch(r"l(?:ayer)?\s*(\d+)", part, flags=re.IGNORECASE)
-    if layer:
-        return _compared(run, "layer", "=", float(layer[1]))
+    one = re.fullmatch(r"(layer|head|l|h)\s*(\d+)", part, flags=re.IGNORECASE)
+    if one:
+        return _compared(run, "layer" if one[1][0].lower() == "l" else "head", "=", float(one[2]))
     return _role(run, part)
 
 

@@ -7,6 +7,7 @@ answers) it serves in the foreground, and the cell never ends.
 from __future__ import annotations
 
 import threading
+import warnings
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,7 @@ def dashboard(path: str | Path, *, mode: Mode = "inline", height: int = 900, por
 
 
 def _start(path: str | Path, port: int, model: Scope | str | None = None) -> str:
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, imported by the server, would be the cell's first output
     server = listen(path, "127.0.0.1", port, model=owner_of(model))
     threading.Thread(target=server.run, name="headscope-dashboard", daemon=True).start()
     _servers.append(server)

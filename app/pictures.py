@@ -26,7 +26,9 @@ def install(server: flask.Flask) -> None:
 def pictures_of(run: Run) -> PictureReader:
     """The run's pictures; RunError when it has none."""
     if run.pictures is None:
-        raise refusal(RunError, f"the picture of {run.id}", "this run is of text alone", "profile a picture with headscope.profile.pictures")
+        raise refusal(
+            RunError, f"the picture of {run.id}", "this run is of text alone", "profile a picture with headscope.profile.pictures"
+        )
     return run.pictures
 
 

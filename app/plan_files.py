@@ -27,7 +27,7 @@ class PlanFiles:
 
     def paths(self) -> dict[str, Path]:
         """Plan id -> file, by name."""
-        out = {}
+        out: dict[str, Path] = {}
         for folder in (self.root, self.root / FOLDER):
             if not folder.is_dir():
                 continue

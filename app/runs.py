@@ -22,11 +22,8 @@ from headscope.store import KeptLayer, MapInfo, open_run
 from headscope.store.read import read_card
 
 if TYPE_CHECKING:
-    from headscope.profile.head_profile import HeadProfile
-    from headscope.store.pictures import PictureReader
-
-if TYPE_CHECKING:
     from headscope.profile import HeadProfile
+    from headscope.store.pictures import PictureReader
 
 RUN_FILES = ("card.json", "heads.parquet")
 KEPT_OPEN = 8

@@ -41,7 +41,9 @@ def run_name(given: str) -> str:
     stem = re.sub(r"\.(zip|headscope)$", "", Path(given.replace("\\", "/")).name, flags=re.IGNORECASE)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:64]
     if not _NAME.fullmatch(name):
-        raise refusal(RunError, f"file name {given[:80]!r}", "no name for a run can be made of it", "rename the file, for example my-run.zip")
+        raise refusal(
+            RunError, f"file name {given[:80]!r}", "no name for a run can be made of it", "rename the file, for example my-run.zip"
+        )
     return name
 
 
@@ -63,7 +65,9 @@ def receive(stream: IO[bytes], root: Path, name: str, most: int = MOST_BYTES) ->
         _check(folder)
         return _place(folder, root, name)
     except OSError as error:
-        raise refusal(RunError, f"run {name}", f"it could not be written ({error.strerror or error})", "free space, then try again") from error
+        raise refusal(
+            RunError, f"run {name}", f"it could not be written ({error.strerror or error})", "free space, then try again"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -113,7 +117,9 @@ def _names(entries: list[zipfile.ZipInfo]) -> list[str]:
         raise _bad("it is empty" if not entries else f"it has more than {MOST_FILES:,} files", "zip one run directory")
     for entry in entries:
         parts = PurePosixPath(entry.filename).parts
-        climbs = ".." in parts or entry.filename.startswith("/") or "\\" in entry.filename or "\0" in entry.filename or ":" in entry.filename
+        climbs = (
+            ".." in parts or entry.filename.startswith("/") or "\\" in entry.filename or "\0" in entry.filename or ":" in entry.filename
+        )
         kind = entry.external_attr >> 16
         if climbs:
             raise _bad(f"{entry.filename[:80]!r} leads out of it", "zip the run directory itself")

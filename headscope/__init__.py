@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from headscope import errors, interventions, kernels, models, probes
+    from headscope import errors, export, interventions, kernels, models, plans, probes
     from headscope.call import AttentionCall, MaskFacts
     from headscope.models import load
+    from headscope.plans import SparsePlan
+    from headscope.plans.planners import plan
     from headscope.profile import HeadProfile, RunCard, compare
     from headscope.scope import Scope
     from headscope.statistics import HeadStatistics, StatisticsRequest
@@ -36,14 +38,16 @@ _NAMES = {
     "MaskFacts": "headscope.call",
     "RunCard": "headscope.profile",
     "Scope": "headscope.scope",
+    "SparsePlan": "headscope.plans",
     "StatisticsRequest": "headscope.statistics",
     "Sweep": "headscope.sweeps",
     "Topology": "headscope.topology",
     "compare": "headscope.profile",
     "load": "headscope.models",
+    "plan": "headscope.plans.planners",
     "sweep": "headscope.sweeps",
 }
-_MODULES = ("errors", "interventions", "kernels", "models", "probes")
+_MODULES = ("errors", "export", "interventions", "kernels", "models", "plans", "probes")
 
 __all__ = [
     "AttentionCall",
@@ -52,6 +56,7 @@ __all__ = [
     "MaskFacts",
     "RunCard",
     "Scope",
+    "SparsePlan",
     "StatisticsRequest",
     "Sweep",
     "Topology",
@@ -59,17 +64,25 @@ __all__ = [
     "compare",
     "dashboard",
     "errors",
+    "export",
     "interventions",
     "kernels",
     "load",
     "models",
+    "plan",
+    "plans",
     "probes",
     "sweep",
 ]
 
 
 def dashboard(
-    runs: str | Path = "runs", *, mode: Literal["inline", "tab", "external"] = "inline", height: int = 900, port: int = 0
+    runs: str | Path = "runs",
+    *,
+    mode: Literal["inline", "tab", "external"] = "inline",
+    height: int = 900,
+    port: int = 0,
+    model: Scope | str | None = None,
 ) -> None:
     """The dashboard on a run directory, or on a directory of them, in a notebook cell or a browser tab; see `headscope.app.dashboard`.
 
@@ -77,7 +90,7 @@ def dashboard(
     """
     from headscope.app import dashboard as show
 
-    show(runs, mode=mode, height=height, port=port)
+    show(runs, mode=mode, height=height, port=port, model=model)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@
     ├── ProbeError            an unknown probe, or one whose requirements are not met
     ├── InterventionError     an edit that cannot be made
     ├── PlanError             a sparse plan that cannot be run, or not on this model
+    ├── ExportError           a format that cannot hold what it was given, or a file that is not of its format
     ├── RunError              a run directory that is missing, damaged or newer than this code
     └── UnavailableError      an optional package or device that is not there
 
@@ -61,6 +62,10 @@ class RunError(HeadscopeError):
 
 class PlanError(HeadscopeError):
     """A sparse plan or pattern that says nothing a kernel could run, or that belongs to another model."""
+
+
+class ExportError(HeadscopeError):
+    """A format of another engine that cannot hold what it was given, or a file that is not of its format."""
 
 
 class UnavailableError(HeadscopeError):

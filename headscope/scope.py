@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -329,6 +329,9 @@ class Scope:
             options["pad_token_id"] = 0 if end is None else end
         if options.get("do_sample") is False:  # settings of sampling that a checkpoint brings along would only make it warn
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        for executor in self._attachment.executors_here():
+            if "past_key_values" not in options and getattr(executor, "frees", False):
+                options["past_key_values"] = executor.new_cache()
         out = self.model.generate(**inputs, **options)
         ids_out: Tensor = out if isinstance(out, torch.Tensor) else out.sequences
         return ids_out
@@ -379,15 +382,28 @@ class Scope:
         with self._attachment.active("executor", executor):
             yield self
 
-    def execute(self, plan: SparsePlan, *, force: bool = False) -> AbstractContextManager[PlanExecutor]:
-        """Run the model under a sparse plan: `with scope.execute(plan) as run: scope.generate(...)`; `run.report` says what ran how.
+    def execute(
+        self, plan: SparsePlan, *, force: bool = False, cache: Literal["model", "free"] = "model", fallback: bool = True
+    ) -> AbstractContextManager[PlanExecutor]:
+        """Run the model under a sparse plan: `with scope.execute(plan) as run: scope.generate(...)`; `run.report` says what ran how, and
+        `run.reasons` why calls were left to the model's own kernel.
 
-        Prefill, chunks, padded batches and decode steps with a KV cache alike; the model is as before when the block ends. Raises
-        PlanError for a plan of another model (`force` lets other weights of the same shape pass).
+        Prefill, chunks, padded batches and decode steps with a KV cache alike; the model is as before when the block ends. With
+        `cache="free"` every `scope.generate` in the block uses a cache that drops what no head of a group may see any more (`run.cache.bytes`
+        is what it holds; a direct call of the model takes `past_key_values=run.new_cache()`); the tokens are the same.
+
+        On a GPU a call that dense attention would finish sooner is left to the model, which then sees every key; `fallback=False` runs the
+        plan there too, for results that depend on no device. Raises PlanError for a plan of another model (`force` lets other weights of
+        the same shape pass), and for a cache that this model cannot use.
         """
         from headscope.plans.execute import executing
 
-        return executing(self, plan, force=force)
+        return executing(self, plan, force=force, cache=cache, fallback=fallback)
+
+    @property
+    def active_besides_plans(self) -> str:
+        """What is active on this scope in this thread beside plans, in words; "" for nothing."""
+        return self._attachment.active_besides_executors
 
     def generate(self, prompt: Data, *, max_new_tokens: int = 64, **options: Any) -> Generation:
         """Continue a text or ids; greedy unless do_sample=True. `options` go to the model's own generate()."""

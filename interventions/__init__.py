@@ -9,20 +9,26 @@ from headscope.interventions.act import ACT
 from headscope.interventions.activation_patching import activation_patching
 from headscope.interventions.base import REGISTRY, Intervention, from_json, heads_of
 from headscope.interventions.carve import Carved, carve
+from headscope.interventions.circuit_reuse import CircuitReuse
 from headscope.interventions.entropy_abf import EntropyABF
 from headscope.interventions.guidance import Guidance, guided
 from headscope.interventions.head_edit import HeadEdit
 from headscope.interventions.head_hunter import HeadHunter, Hunt
 from headscope.interventions.head_mask import HeadMask
 from headscope.interventions.head_set import HeadSet
+from headscope.interventions.in_context_brush import InContextBrush
 from headscope.interventions.output_edits import Add, Lerp, Noise, Replace, Scale
 from headscope.interventions.paint import PAINT
 from headscope.interventions.patching import PatchHeads
 from headscope.interventions.path_patching import PathPatching
 from headscope.interventions.record import HeadRecord, record_heads
+from headscope.interventions.rectified_sparse import RectifiedSparse
+from headscope.interventions.rescaled_pattern import RescaledPattern
 from headscope.interventions.rettention import Rettention
 from headscope.interventions.score_edits import BoostScores, KeyBias, ReplaceQueries, SetBias, Temperature
+from headscope.interventions.soft_injection import SoftInjection
 from headscope.interventions.soft_pag import SoftPAG
+from headscope.interventions.softplus_reweighting import SoftplusReweighting
 from headscope.interventions.stacking import Stack
 from headscope.interventions.values import Values
 from headscope.interventions.var import VAR
@@ -39,6 +45,7 @@ __all__ = [
     "Add",
     "BoostScores",
     "Carved",
+    "CircuitReuse",
     "EntropyABF",
     "Guidance",
     "HeadEdit",
@@ -47,6 +54,7 @@ __all__ = [
     "HeadRecord",
     "HeadSet",
     "Hunt",
+    "InContextBrush",
     "Intervention",
     "KeyBias",
     "Lerp",
@@ -54,15 +62,19 @@ __all__ = [
     "Noise",
     "PatchHeads",
     "PathPatching",
+    "RectifiedSparse",
     "Redistribute",
     "Replace",
     "ReplaceQueries",
     "RescaleRows",
+    "RescaledPattern",
     "Rettention",
     "Scale",
     "SetBias",
     "SetRows",
+    "SoftInjection",
     "SoftPAG",
+    "SoftplusReweighting",
     "Stack",
     "Temperature",
     "Values",

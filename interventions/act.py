@@ -75,6 +75,7 @@ class ACT(HeadEdit):
     target: Any = OTHERS
 
     site: ClassVar[Site] = "P"
+    folds: ClassVar[bool] = True
     always_written: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     def __post_init__(self) -> None:
@@ -109,23 +110,21 @@ class ACT(HeadEdit):
         if rows is None:
             return output
         sinks = self.sinks(received, call)
-        if not bool(sinks.any()):
-            return output
         first = key_set(call, "first", None)
         if isinstance(self.target, str) and self.target in (OTHERS, NOT_FIRST):
             spared = first if self.target == NOT_FIRST else None
             return redistribute(call, output, heads, sinks, keep=float(self.beta), rows=rows, spare=spared)
         target = key_set(call, self.target, self.bound.image_token)[:, None] & ~sinks
-        return redistribute(call, output, heads, sinks, target, keep=float(self.beta), rows=rows)
+        return redistribute(call, output, heads, sinks, target, keep=float(self.beta), rows=rows, apart=True)
 
     def sinks(self, received: Received, call: AttentionCall) -> Tensor:
         """Bool [B, h, Nk]: the call's keys that are sinks of each head."""
         mean = received.sums / received.rows.clamp_min(1)[:, None]
         length = received.real.sum(1).clamp_min(1)[:, None, None]
         limit = torch.full_like(mean, self.threshold) if self.threshold is not None else self.alpha / length.to(mean.dtype)
-        first = received.real.int().argmax(1)
-        found = (mean > limit) & received.real[:, None]
-        found[torch.arange(len(first), device=first.device), :, first] = False
+        first = received.real.int().argmax(1, keepdim=True)
+        spared = torch.arange(received.end, device=first.device) == first  # no assignment of a number, which would wait for the device
+        found = (mean > limit) & (received.real & ~spared)[:, None]
         return found[:, :, call.key_offset : call.key_offset + call.k.shape[2]]
 
     def _received(self, call: AttentionCall, heads: list[int]) -> Received:
@@ -146,11 +145,9 @@ class ACT(HeadEdit):
                 "open the block before the text is read",
             )
         sums = part.columns["column_sum"]
-        more = torch.zeros(batch, len(heads), end, dtype=sums.dtype, device=sums.device)
-        counts = torch.zeros(batch, end, dtype=torch.int64, device=sums.device)
-        span = slice(call.key_offset, call.key_offset + call.k.shape[2])
-        more[:, :, span] = sums
-        counts[:, span] = part.counts["row_count"]
+        around = (call.key_offset, end - call.key_offset - call.k.shape[2])
+        more = torch.nn.functional.pad(sums, around)
+        counts = torch.nn.functional.pad(part.counts["row_count"], around)
         valid = call.mask.query_valid
         real = torch.ones(batch, rows, dtype=torch.bool, device=sums.device) if valid is None else valid
         if known is not None:

@@ -85,6 +85,10 @@ class Intervention:
         """The heads' outputs [B, Nq, Hq, Dv] to go on with."""
         return output
 
+    def wants_lse(self, call: AttentionCall) -> bool:
+        """Whether `after` will ask for the rows' normalisers, so that the host's own kernel may be asked to hand them out."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """The fields as they go into JSON; tensors are Values."""
         return {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("_")}

@@ -23,6 +23,7 @@ import torch
 from headscope.errors import InterventionError, refusal
 from headscope.interventions.head_edit import Rows
 from headscope.kernels.partial import head_index, partial_attention, row_lse, select_heads
+from headscope.kernels.shifted import fused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,7 @@ class Fold:
     """Head -> the edit after which its weights are no longer known entry by entry."""
     _lse: dict[int, Tensor] = field(default_factory=dict)
     _shift: dict[int, Tensor] = field(default_factory=dict)
+    _whole: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _subs: dict[tuple[int, ...], AttentionCall] = field(default_factory=dict)
 
     @classmethod
@@ -71,16 +73,24 @@ class Fold:
     def lse(self, heads: list[int]) -> Tensor:
         """[B, len(heads), Nq] normalisers of the rows as edited; NaN on rows that do not count."""
         self.refuse_closed(heads)
+        known = self._whole.get(tuple(heads))
+        if known is not None and not any(head in self._shift for head in heads):
+            return known
         missing = [head for head in heads if head not in self._lse]
         if missing:
-            found = row_lse(self.sub(missing))
-            self._lse.update({head: found[:, index] for index, head in enumerate(missing)})
+            self.know_lse(missing, row_lse(self.sub(missing)))
+            return self.lse(heads)
         rows = [self._lse[head] + self._shift[head] if head in self._shift else self._lse[head] for head in heads]
         return torch.stack(rows, 1)
 
     def know_lse(self, heads: list[int], lse: Tensor) -> None:
         """Normalisers [B, len(heads), Nq] of the unedited rows, measured elsewhere with other statistics."""
+        self._whole[tuple(heads)] = lse
         self._lse.update({head: lse[:, index] for index, head in enumerate(heads)})
+
+    def fused(self, heads: list[int]) -> bool:
+        """Whether the fold kernels can take the next edit of these heads: the first edit of their weights, on a device that has them."""
+        return not any(set(stage.heads) & set(heads) for stage in self.stages) and fused(self.sub(heads))
 
     def total(self, heads: list[int]) -> Tensor:
         """[B, len(heads), Nq] mass on keys: 1, less what a sink logit takes."""
@@ -189,12 +199,12 @@ def _log(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def table_stage(parts: list[tuple[Tensor, Tensor]], rows: Rows) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """A stage that multiplies disjoint key sets, bool [1 or B, 1 or h, Nk], by row factors [B, h, Nq] at the rows that are edited."""
-    logs = []
-    for keys, factor in parts:
-        value = factor if rows is True else torch.where(rows[:, None], factor, torch.ones((), dtype=factor.dtype, device=factor.device))
-        logs.append((keys, value.log()))
+    logs: list[tuple[Tensor, Tensor]] = []
 
     def log_factor(scores: Tensor, local: Tensor, part: Tensor, at: Tensor) -> Tensor:
+        for keys, factor in parts[len(logs) :]:  # taken when a later edit asks for it: most edits are the last of their heads
+            value = factor if rows is True else torch.where(rows[:, None], factor, torch.ones((), dtype=factor.dtype, device=factor.device))
+            logs.append((keys, value.log()))
         out = torch.zeros((), dtype=scores.dtype, device=scores.device)
         known = (local >= 0)[None, :, None, None]
         index = local.clamp_min(0)

@@ -158,6 +158,13 @@ class HeadEdit(Intervention):
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
+    folds: ClassVar[bool] = False
+    """Whether the edit is a fold over the rows' normalisers."""
+
+    def wants_lse(self, call: AttentionCall) -> bool:
+        """For an edit that folds, where it has heads."""
+        return self.folds and bool(self.heads_in(call))
+
     def before(self, call: AttentionCall) -> AttentionCall:
         """The call to run: `edit_call` where the edit acts."""
         if type(self).edit_call is HeadEdit.edit_call:
@@ -244,12 +251,18 @@ class HeadEdit(Intervention):
 
 
 def taken(output: Tensor, heads: list[int]) -> Tensor:
-    """[B, Nq, len(heads), Dv]: some heads of an output [B, Nq, Hq, Dv]."""
-    return output[:, :, head_index(tuple(heads), output.device)]
+    """[B, Nq, len(heads), Dv]: some heads of an output [B, Nq, Hq, Dv], to be read; all of them are the output itself."""
+    return output if _all(output, heads) else output[:, :, head_index(tuple(heads), output.device)]
+
+
+def _all(output: Tensor, heads: list[int]) -> bool:
+    return len(heads) == output.shape[2] and heads == list(range(output.shape[2]))
 
 
 def merged(output: Tensor, heads: list[int], rows: Rows, new: Tensor) -> Tensor:
     """`output` [B, Nq, Hq, Dv] with `new` [B, Nq, len(heads), Dv] for these heads at these rows, on a copy, in its own dtype."""
+    if rows is True and _all(output, heads):
+        return torch.empty_like(output).copy_(new)  # one kernel for cast and copy
     changed = output.clone()
     new = new.to(output.dtype)
     index = head_index(tuple(heads), output.device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from headscope.errors import InterventionError, refusal
+from headscope.kernels.partial import head_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def values_at(values: Values, places: list[int], call: AttentionCall, own: Tenso
     """[B or 1, Nq, len(places), Dv]: the values of a call's heads at its rows, in `own`'s dtype. Rows that are not edited get whatever."""
     table = values.like(own)
     if table.dim() == 2:
-        return table[places][None, None]
+        return table[head_index(tuple(places), table.device)][None, None]
     batch, count = own.shape[0], own.shape[1]
     first, known = call.query_offset, table.shape[-2]
     if table.dim() == 4 and table.shape[0] not in (1, batch):
@@ -61,7 +62,8 @@ def values_at(values: Values, places: list[int], call: AttentionCall, own: Tenso
     part = table[..., first : first + count, :]
     if part.shape[-2] < count:
         part = torch.nn.functional.pad(part, (0, 0, 0, count - part.shape[-2]))
-    picked = part[places] if table.dim() == 3 else part[:, places]
+    index = head_index(tuple(places), table.device)
+    picked = part[index] if table.dim() == 3 else part[:, index]
     picked = picked[None] if table.dim() == 3 else picked
     return picked.transpose(1, 2)
 

@@ -66,6 +66,7 @@ def own_and_text(call: AttentionCall, heads: list[int], image: Tensor) -> Tensor
             allowed=None if mask.allowed is None else mask.allowed[..., columns],
             bias=None if mask.bias is None else mask.bias[..., columns],
         ),
+        facts={name: fact for name, fact in sub.facts.items() if name != "lse"},  # that one is over all keys
     )
     lse = row_lse(text).to(dtype)
     lse = lse.masked_fill(lse.isnan(), -math.inf)

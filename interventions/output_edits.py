@@ -12,6 +12,7 @@ from headscope.interventions.head_edit import HeadEdit, Rows, Site
 from headscope.interventions.head_values import check_values, values_at
 from headscope.interventions.score_edits import _number
 from headscope.interventions.values import Values
+from headscope.kernels.partial import head_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +212,7 @@ def check_count(given: Any, heads: int, name: str) -> None:
 
 def at_places(given: Any, places: list[int], like: Tensor) -> Any:
     """The float, or the values [h] of a call's heads."""
-    return given.like(like)[places] if isinstance(given, Values) else given
+    return given.like(like)[head_index(tuple(places), like.device)] if isinstance(given, Values) else given
 
 
 __all__ = ["Add", "Lerp", "Noise", "Replace", "Scale", "ValueEdit", "at_places", "check_count", "per_head"]

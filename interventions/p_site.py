@@ -13,6 +13,7 @@ scaling columns and renormalising keeps keep / (keep m + 1 - m) of S's mass, not
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from headscope.errors import InterventionError, refusal, unknown_name
 from headscope.interventions.fold import Fold, Rows, as_set, own_outputs, put, refuse_gradients, table_stage
 from headscope.interventions.head_edit import merged, taken
 from headscope.interventions.patterns import PATTERNS
+from headscope.kernels.partial import head_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-12
 """Rows whose target set holds less mass are left as they are: there is nothing to give the freed mass to."""
+
+
+Gate = Callable[["Tensor", "Tensor"], "Tensor"]
+"""(mass on the target [B, h, Nq], mass on the watched keys) -> bool [B, h, Nq], the rows to edit."""
 
 
 def redistribute(
@@ -40,48 +46,119 @@ def redistribute(
     *,
     keep: float,
     rows: Rows = True,
-    gate: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+    gate: Tensor | Gate | None = None,
+    watched: Tensor | None = None,
     spare: Tensor | None = None,
     limit: float | None = None,
+    apart: bool = False,
 ) -> Tensor:
     """Take 1 - `keep` of the mass on `source` and give it to `target` in proportion to the weights there.
 
     `source`, `target`: bool [Nk], [B, Nk] or [B or 1, h or 1, Nk]; `target` None means every key that is not in `source`. They must not
-    overlap. `spare`: keys that a target of None leaves out. `gate` [B, h, Nq] bool, or a function of the masses of source and
-    target [B, h, Nq] that gives it: rows it leaves out are not edited. `limit`: see `fold.LIMIT`.
+    overlap; `apart` says that they do not, and saves asking the device. `spare`: keys that a target of None leaves out. `gate` [B, h, Nq]
+    bool, or a function of masses that gives it, of those on target and on `watched`: rows it leaves out are not edited. `limit`: see
+    `fold.LIMIT`.
     """
-    if keep == 1.0 or not bool(source.any()):
+    if keep == 1.0:
         return output
     refuse_gradients(output, "redistribute")
-    fold = Fold.of(call)
-    source = as_set(source)
-    rest = ~source if target is None else as_set(target)
-    if target is None and spare is not None:
-        spare = as_set(spare) & ~source
-        rest = rest & ~spare
-    if target is not None and bool((source & rest).any()):
+    fold, source = Fold.of(call), as_set(source)
+    given = None if target is None else as_set(target)
+    if given is not None and not apart and bool((source & given).any()):
         raise refusal(InterventionError, "redistribute", "source and target share keys", "leave the source's keys out of the target")
-    m_s, z_s = fold.partial(heads, source)
+    left = None if given is not None or spare is None else as_set(spare) & ~source
+    seen = None if watched is None else as_set(watched)
+    step = _fused if fold.fused(heads) else _folded
+    return step(fold, output, heads, _Sets(source, given, left, seen), keep, rows, gate, fold.limit(output) if limit is None else limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sets:
+    """Bool [1 or B, 1 or h, Nk]; `target` None: what is neither in `source` nor in `left`."""
+
+    source: Tensor
+    target: Tensor | None
+    left: Tensor | None
+    watched: Tensor | None
+
+    @property
+    def rest(self) -> Tensor:
+        """The target, written out."""
+        if self.target is not None:
+            return self.target
+        return ~self.source if self.left is None else ~self.source & ~self.left
+
+
+def _gain(m_s: Tensor, m_t: Tensor, m_w: Tensor | None, keep: float, gate: Tensor | Gate | None) -> tuple[Tensor, Tensor]:
+    """(which rows change [B, h, Nq], what their target's weights grow by)."""
+    counts = (m_t >= EPSILON) & (m_s > 0)  # false on NaN rows as well
+    if gate is not None:
+        counts = counts & (gate if isinstance(gate, torch.Tensor) else gate(m_t, torch.zeros_like(m_t) if m_w is None else m_w))
+    return counts, torch.where(counts, (1.0 - keep) * m_s / m_t.clamp_min(EPSILON), torch.zeros_like(m_s))
+
+
+def _fused(
+    fold: Fold, output: Tensor, heads: list[int], sets: _Sets, keep: float, rows: Rows, gate: Tensor | Gate | None, limit: float
+) -> Tensor:
+    """By the fold kernels: masses, factors, and the output anew. Nothing waits for the device."""
+    from headscope.kernels.triton_partial import direct_masses, listed, masses, shifted
+
+    sub, lse = fold.sub(heads), fold.lse(heads)
+    other = sets.left if sets.target is None else sets.target
+    parts = [one for one in (sets.source, other, sets.watched) if one is not None]
+    shape = torch.broadcast_shapes(*(one.shape for one in parts))
+    codes = torch.zeros(shape, dtype=torch.int8, device=output.device)
+    for bit, one in enumerate(parts):
+        codes += one.to(torch.int8) << bit
+    keys = listed(codes)
+    found = masses(sub, lse, codes, len(parts), keys)
+    m_s, m_o = found[0], None if other is None else found[1]
+    weak = torch.zeros(m_s.shape, dtype=torch.bool, device=m_s.device)
+    if sets.target is None:
+        m_t = fold.total(heads) - m_s if m_o is None else fold.total(heads) - m_s - m_o
+        weak = m_t < limit
+        m_t = direct_masses(sub, lse, sets.rest.to(torch.int8), m_t, weak)
+    else:
+        assert m_o is not None
+        m_t = m_o
+    counts, gain = _gain(m_s, m_t, None if sets.watched is None else found[-1], keep, gate)
+    edited = counts if rows is True else counts & rows[:, None]
+    grown = 1.0 + gain
+    base = grown if sets.target is None else torch.ones_like(gain)
+    kept = torch.where(counts, torch.full_like(m_s, keep), torch.ones_like(m_s))
+    factors = (kept,) if other is None else (kept, grown if sets.target is not None else torch.ones_like(gain))
+    base = torch.where(edited, base, torch.full_like(base, torch.nan))
+    index = head_index(tuple(heads), output.device)
+    new = shifted(sub, lse, output, index, base, factors, weak, codes, keys)
+    fold.push(heads, table_stage([(sets.source, kept), (sets.rest, grown)], rows))
+    return new
+
+
+def _folded(
+    fold: Fold, output: Tensor, heads: list[int], sets: _Sets, keep: float, rows: Rows, gate: Tensor | Gate | None, limit: float
+) -> Tensor:
+    """By partial sums in plain PyTorch, of weights as earlier edits left them."""
+    if not bool(sets.source.any()) or not bool(sets.rest.any()):
+        return output
+    m_s, z_s = fold.partial(heads, sets.source)
     z = own_outputs(output, heads, z_s.dtype)
-    if target is None:
+    if sets.target is None:
         m_t, z_t = fold.total(heads) - m_s, z - z_s
-        m_o, z_o = (torch.zeros_like(m_s), torch.zeros_like(z_s)) if spare is None else fold.partial(heads, spare)
+        m_o, z_o = (torch.zeros_like(m_s), torch.zeros_like(z_s)) if sets.left is None else fold.partial(heads, sets.left)
         m_t, z_t = m_t - m_o, z_t - z_o
-        weak = (m_t < (fold.limit(output) if limit is None else limit)).flatten(0, 1).any(0).nonzero().flatten()
+        weak = (m_t < limit).flatten(0, 1).any(0).nonzero().flatten()
         if len(weak):
-            few_m, few_z = fold.partial(heads, rest, weak)
+            few_m, few_z = fold.partial(heads, sets.rest, weak)
             m_t, z_t, z = m_t.clone(), z_t.clone(), z.clone()
             m_t[:, :, weak], z_t[:, :, weak] = few_m, few_z
             z[:, :, weak] = z_s[:, :, weak] + z_o[:, :, weak] + few_z
     else:
-        m_t, z_t = fold.partial(heads, rest)
-    counts = m_t >= EPSILON  # false on NaN rows as well
-    if gate is not None:
-        counts = counts & (gate if isinstance(gate, torch.Tensor) else gate(m_s, m_t))
-    gain = torch.where(counts, (1.0 - keep) * m_s / m_t.clamp_min(EPSILON), torch.zeros_like(m_s))
+        m_t, z_t = fold.partial(heads, sets.target)
+    m_w = None if sets.watched is None else fold.partial(heads, sets.watched)[0]
+    counts, gain = _gain(m_s, m_t, m_w, keep, gate)
     new = z - (1.0 - keep) * z_s + gain[..., None] * z_t
     kept = torch.where(counts, torch.full_like(m_s, keep), torch.ones_like(m_s))
-    fold.push(heads, table_stage([(source, kept), (rest, 1.0 + gain)], rows))
+    fold.push(heads, table_stage([(sets.source, kept), (sets.rest, 1.0 + gain)], rows))
     return put(output, heads, rows, new, counts)
 
 
@@ -102,11 +179,11 @@ def mix(call: AttentionCall, output: Tensor, heads: list[int], pattern: str | Te
                 "mix other heads, or with another pattern",
             )
         pattern = PATTERNS[pattern](call, heads)
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    z, p = own_outputs(output, heads, dtype), pattern.to(dtype)
-    new = p if u == 1.0 else (1.0 - u) * z + u * p
+    z, p = taken(output, heads), pattern.transpose(1, 2)
+    dtype = torch.promote_types(z.dtype, p.dtype)  # lerp itself computes half precision in float32
+    new = p if u == 1.0 else torch.lerp(z.to(dtype), p.to(dtype), u)
     Fold.of(call).close(heads, "mix")
-    return merged(output, heads, rows, new.transpose(1, 2))
+    return merged(output, heads, rows, new)
 
 
 def set_rows(call: AttentionCall, output: Tensor, heads: list[int], keys: Tensor, weights: Tensor, rows: Rows = True) -> Tensor:

@@ -71,6 +71,7 @@ class PAINT(HeadEdit):
     prompt: str = ""
 
     site: ClassVar[Site] = "S"
+    folds: ClassVar[bool] = True
     always_written: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     def __post_init__(self) -> None:

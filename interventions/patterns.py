@@ -57,8 +57,14 @@ def uniform(call: AttentionCall, heads: list[int]) -> Tensor:
     assert call.v is not None
     index = head_index(tuple(distinct), call.q.device)
     # a mask without per-head parts gives all query heads of a key head the same mean
-    mean = visible_mean(replace(call, q=call.q[:, : len(distinct)], k=call.k[:, index], v=call.v[:, index], sink_logits=None))
-    return mean if kv == distinct else mean[:, [distinct.index(one) for one in kv]]
+    whole = len(distinct) == call.k.shape[1]
+    k, v = (call.k, call.v) if whole else (call.k[:, index], call.v[:, index])
+    mean = visible_mean(replace(call, q=call.q[:, : len(distinct)], k=k, v=v, sink_logits=None))
+    if v.dtype in (torch.float16, torch.bfloat16):
+        mean = mean.to(v.dtype)  # as wide as what it is mixed with, before it is repeated over a group
+    if len(heads) == call.q.shape[1] and heads == sorted(heads):
+        return mean.repeat_interleave(call.group, 1)
+    return mean if kv == distinct else mean[:, head_index(tuple(distinct.index(one) for one in kv), mean.device)]
 
 
 def argmax(call: AttentionCall, heads: list[int]) -> Tensor:

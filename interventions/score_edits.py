@@ -106,6 +106,7 @@ class SetBias(KeyEdit):
     mass: float | None = None
 
     site: ClassVar[Site] = "S"
+    folds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +149,7 @@ class BoostScores(KeyEdit):
     factor: float = 0.0
 
     site: ClassVar[Site] = "S"
+    folds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,6 @@ import torch
 
 from headscope.errors import InterventionError, ProbeError, refusal, unknown_name
 from headscope.interventions.base import register
-from headscope.interventions.fold import Fold, as_set
 from headscope.interventions.head_edit import HeadEdit, Rows, Site
 from headscope.interventions.p_site import redistribute
 from headscope.interventions.prompts import refuse_blind
@@ -74,6 +73,7 @@ class VAR(HeadEdit):
     positions: Any = field(default="text", kw_only=True)
 
     site: ClassVar[Site] = "P"
+    folds: ClassVar[bool] = True
     always_written: ClassVar[tuple[str, ...]] = ("p",)
 
     def __post_init__(self) -> None:
@@ -154,14 +154,12 @@ class VAR(HeadEdit):
             sinks = sinks & call.mask.key_valid
         image = token_class(call, "image", self.bound.image_token, "key")
         shown, visual = image & ~sinks, image & sinks
-        if not bool(sinks.any()) or not bool(shown.any()):
-            return output
+        tokens = image.sum(1)[:, None, None]
 
-        def gate(_: Tensor, m_t: Tensor) -> Tensor:
-            on_sinks = Fold.of(call).partial(heads, as_set(visual))[0] if bool(visual.any()) else torch.zeros_like(m_t)
-            return self.gate(m_t, on_sinks, image.sum(1).to(m_t.dtype)[:, None, None])
+        def gate(m_t: Tensor, on_sinks: Tensor) -> Tensor:
+            return self.gate(m_t, on_sinks, tokens.to(m_t.dtype))
 
-        return redistribute(call, output, heads, sinks, shown, keep=self.keep, rows=rows, gate=gate)
+        return redistribute(call, output, heads, sinks, shown, keep=self.keep, rows=rows, gate=gate, watched=visual, apart=True)
 
     def gate(self, shown: Tensor, sinks: Tensor, tokens: Tensor | float) -> Tensor:
         """Bool, the rows to edit, from a row's attention on image tokens that are no sinks and on those that are; `tokens`: how many image

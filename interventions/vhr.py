@@ -32,6 +32,7 @@ from headscope.interventions.record import record_heads
 from headscope.interventions.running import outputs_of
 from headscope.interventions.score_edits import _number
 from headscope.interventions.values import Values
+from headscope.kernels.partial import head_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,44 +161,59 @@ class VHR(HeadEdit):
         if not heads or self.alpha == 1.0:
             return output
         batch, count = output.shape[:2]
-        ends = last_rows(call, self.lengths, "VHR")
-        t = torch.arange(count, device=output.device) + call.query_offset
-        if call.query_offset == 0:
-            self.bound.state.pop(call.module, None)
-        here = (t[None] == ends[:, None]).nonzero()
-        if len(here):
+        first, state = call.query_offset, self.bound.state
+        ends, last = self._ends(call)
+        if first == 0:
+            state.pop(call.module, None)
+        here = [(b, end - first) for b, end in enumerate(ends) if first <= end < first + count]
+        if here:
             if call.module == next(iter(self.bound.heads)):
                 refuse_other_prompt(call, self.lengths, self.prompt, "VHR")
             self._select(call, output, heads, here)
         rows = self.rows_in(call)
-        mine = t[None] >= ends[:, None]
-        if rows is None or not bool(mine.any()):
+        if rows is None or min(ends) >= first + count:
             return output
-        chosen: Tensor | None = self.bound.state.get(call.module)
+        chosen: Tensor | None = state.get(call.module)
         if chosen is None or chosen.shape[0] != batch:
             raise refusal(
                 InterventionError,
-                f"VHR in {call.module} from position {call.query_offset} on",
+                f"VHR in {call.module} from position {first} on",
                 "heads are chosen at the last token of the prompt, which did not run in this block",
                 "open the block before the prompt is read",
             )
+        mine = torch.arange(first, first + count, device=output.device)[None] >= last[:, None]
         if rows is not True:
             mine = mine & rows
-        factor = torch.where(mine[:, :, None] & chosen[:, None], float(self.alpha), 1.0).to(output.dtype)
-        changed = output.clone()
-        changed[:, :, heads] = output[:, :, heads] * factor[..., None]
-        return changed
+        factor = output.new_ones(batch, count, output.shape[2])
+        factor[:, :, head_index(tuple(heads), output.device)] = torch.where(mine[:, :, None] & chosen[:, None], float(self.alpha), 1.0).to(
+            output.dtype
+        )
+        return output * factor[..., None]
 
-    def _select(self, call: AttentionCall, output: Tensor, heads: list[int], here: Tensor) -> None:
-        """Choose among the layer's heads for the sequences whose last prompt row is in this call: `here` [n, 2] (sequence, row)."""
+    def _ends(self, call: AttentionCall) -> tuple[list[int], Tensor]:
+        """Where each prompt ends, [B] absolute positions, here and on the call's device. Asked once a pass: looking at where padding ends
+        waits for the device."""
+        state, padded = self.bound.state, call.first_token is not None
+        key = (call.q.shape[0], padded, call.q.device)
+        known = state.get("ends")
+        if known is None or known[0] != key or (padded and call.module == next(iter(self.bound.heads))):
+            last = last_rows(call, self.lengths, "VHR")
+            known = state["ends"] = (key, last.tolist(), last)
+        return known[1], known[2]
+
+    def _select(self, call: AttentionCall, output: Tensor, heads: list[int], here: list[tuple[int, int]]) -> None:
+        """Choose among the layer's heads for the sequences whose last prompt row is in this call: `here` (sequence, row)."""
         known = self.bound.state.get(call.module)
-        chosen = torch.zeros(output.shape[0], len(heads), dtype=torch.bool, device=output.device) if known is None else known
-        without = repeated(self.reference.tensor[:, self.places_in(call)], call, "VHR").double()
-        sequences, rows = here.unbind(1)
-        chosen[sequences] = self.choice(output[sequences, rows][:, heads].detach().double(), without[sequences])
+        device = output.device
+        chosen = torch.zeros(output.shape[0], len(heads), dtype=torch.bool, device=device) if known is None else known
+        reference = self.reference.like(output.new_empty(0, dtype=torch.float64))
+        without = repeated(reference[:, head_index(tuple(self.places_in(call)), device)], call, "VHR")
+        sequences, rows = (head_index(tuple(one), device) for one in zip(*here, strict=True))
+        index = head_index(tuple(heads), device)
+        chosen[sequences] = self.choice(output[sequences, rows][:, index].detach().double(), without[sequences])
         self.bound.state[call.module] = chosen
-        record = torch.zeros(output.shape[0], output.shape[2], dtype=torch.bool)
-        record[:, heads] = chosen.cpu()
+        record = torch.zeros(output.shape[0], output.shape[2], dtype=torch.bool, device=device)
+        record[:, index] = chosen
         self._chosen[call.module] = record
 
     def choice(self, seen: Tensor, unseen: Tensor) -> Tensor:

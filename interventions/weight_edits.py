@@ -37,6 +37,7 @@ class Redistribute(KeyEdit):
     target: Any = OTHERS
 
     site: ClassVar[Site] = "P"
+    folds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,7 +64,10 @@ def select_heads(call: AttentionCall, heads: Sequence[int], rows: slice | None =
         index = head_index(tuple(heads), call.q.device)
         mask = replace(mask, allowed=_of_heads(mask.allowed, index), bias=_of_heads(mask.bias, index))
         sinks = None if call.sink_logits is None else call.sink_logits[index]
-        out = replace(call, q=q, k=k, v=v, mask=mask, sink_logits=sinks)
+        facts = call.facts
+        if isinstance(lse := facts.get("lse"), torch.Tensor):
+            facts = {name: fact for name, fact in facts.items() if name != "fold"} | {"lse": lse[:, index]}  # a fold holds its parts
+        out = replace(call, q=q, k=k, v=v, mask=mask, sink_logits=sinks, facts=facts)
     if rows is not None and (rows.start, rows.stop) != (0, call.q.shape[2]):
         mask = replace(
             mask,
@@ -73,7 +76,10 @@ def select_heads(call: AttentionCall, heads: Sequence[int], rows: slice | None =
             allowed=None if mask.allowed is None else mask.allowed[:, :, rows],
             bias=None if mask.bias is None else mask.bias[:, :, rows],
         )
-        out = replace(out, q=out.q[:, :, rows], mask=mask, query_offset=call.query_offset + rows.start)
+        facts = out.facts
+        if isinstance(lse := facts.get("lse"), torch.Tensor):
+            facts = {name: fact for name, fact in facts.items() if name != "fold"} | {"lse": lse[:, :, rows]}
+        out = replace(out, q=out.q[:, :, rows], mask=mask, query_offset=call.query_offset + rows.start, facts=facts)
     return out
 
 

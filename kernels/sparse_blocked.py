@@ -53,9 +53,10 @@ def blocked_sparse_attention(call: AttentionCall, patterns: Sequence[Pattern], h
     for pattern, places in groups.items():
         for start in sorted(set(first)):
             elements = [b for b, one in enumerate(first) if one == start]
+            fixed = pattern.fixed(rows + call.query_offset - start)
             for top in range(max(0, start - call.query_offset), rows, ROWS):  # what is before is padding
                 tile = slice(top, min(rows, top + ROWS))
-                _tile(call, pattern, [chosen[p] for p in places], places, elements, start, tile, out, lse, sums)
+                _tile(call, fixed, [chosen[p] for p in places], places, elements, start, tile, out, lse, sums)
     return out, lse
 
 

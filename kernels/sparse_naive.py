@@ -25,7 +25,7 @@ def naive_sparse_attention(call: AttentionCall, patterns: Sequence[Pattern]) -> 
     """(output [B, Nq, Hq, Dv] float64, lse [B, Hq, Nq] float64) under static patterns, one per query head.
 
     Positions of a pattern count from each sequence's first real token. Rows that see no key (padding) give 0 and -inf. Raises PlanError for
-    a pattern that depends on the input, and for `compensate`, which `naive_compensated` computes.
+    a pattern that depends on the input.
     """
     batch, heads, rows, _ = call.q.shape
     values = call.v
@@ -40,9 +40,10 @@ def naive_sparse_attention(call: AttentionCall, patterns: Sequence[Pattern]) -> 
         scores = window_scores(call, head, i.to(call.q.device), j.to(call.q.device))
         for b in range(batch):
             at, to = i + call.query_offset - first[b], j + call.key_offset - first[b]
-            seen = pattern.visible(at, to).to(scores.device)
+            fixed = pattern.fixed(rows + call.query_offset - int(first[b]))
+            seen = fixed.visible(at, to).to(scores.device)
             scores[b] = scores[b].masked_fill(~seen, -math.inf)
-            if getattr(pattern, "compensate", False):
+            if getattr(fixed, "compensate", False):
                 _compensate(call, head, b, at.to(scores.device), to.to(scores.device), seen, out, lse, scores[b])
                 continue
             total = torch.logsumexp(scores[b], -1)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from headscope.call import AttentionCall
 
+BLOCK = 64
+"""Rows summed by one product."""
 ENTRIES = 1 << 22
 """Entries of an explicit mask held at a time."""
 
@@ -45,8 +47,13 @@ def visible_mean(call: AttentionCall) -> Tensor:
         inside = ((index >= low) & (index < high)).double() * ones
         total, count = torch.einsum("bk,bhkd->bhd", inside, v)[:, :, None], inside.sum(-1)[:, None, None, None]
     else:
-        running = torch.nn.functional.pad(v.cumsum(2), (0, 0, 1, 0))
+        running = _running(v)
         counts = torch.nn.functional.pad(ones.cumsum(1), (1, 0))
+        plain = call.mask.causal and call.mask.window is None and call.mask.query_segments is None
+        if plain and call.q.shape[2] == keys and call.query_offset == call.key_offset:
+            # a whole sequence read from left to right: row i's sum is the i-th, and there is nothing to take off
+            mean = running[:, :, 1:] / counts[:, None, 1:, None].clamp_min(1.0)
+            return _per_head(mean.to(dtype), call.group)
 
         def at(where: Tensor) -> Tensor:
             index = where.expand(batch, -1)[:, None, :, None].expand(batch, kv_heads, where.shape[-1], width)
@@ -55,7 +62,29 @@ def visible_mean(call: AttentionCall) -> Tensor:
         total = at(high) - at(low)
         count = (counts.gather(1, high.expand(batch, -1)) - counts.gather(1, low.expand(batch, -1)))[:, None, :, None]
     mean = torch.where(count > 0, total / count.clamp_min(1.0), torch.zeros((), dtype=torch.float64, device=v.device))
-    return mean.to(dtype).repeat_interleave(call.group, 1)
+    return _per_head(mean.to(dtype), call.group)
+
+
+def _per_head(mean: Tensor, group: int) -> Tensor:
+    return mean if group == 1 else mean.repeat_interleave(group, 1)
+
+
+def _running(v: Tensor) -> Tensor:
+    """[B, H, N + 1, D]: sums of v [B, H, N, D] float64 up to each key, 0 in front.
+
+    Within blocks of 64 by a product with a triangle of ones, over blocks by a scan: a scan over all rows, whose sums depend on one another
+    and lie apart in memory, leaves a GPU waiting.
+    """
+    batch, heads, count, width = v.shape
+    if count <= 2 * BLOCK:
+        return torch.nn.functional.pad(v.cumsum(2), (0, 0, 1, 0))
+    blocks = -(-count // BLOCK)
+    part = torch.nn.functional.pad(v, (0, 0, 0, blocks * BLOCK - count)).view(batch, heads, blocks, BLOCK, width)
+    inside = torch.ones(BLOCK, BLOCK, dtype=v.dtype, device=v.device).tril() @ part
+    before = torch.nn.functional.pad(inside[:, :, :-1, -1].cumsum(2), (0, 0, 1, 0))
+    out = torch.zeros(batch, heads, count + 1, width, dtype=v.dtype, device=v.device)
+    out[:, :, 1:] = inside.add_(before[:, :, :, None]).view(batch, heads, -1, width)[:, :, :count]
+    return out
 
 
 def _runs(call: AttentionCall) -> tuple[Tensor, Tensor] | None:

@@ -134,7 +134,7 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Traced(Intervention):
+class Traced(Intervention):
     """Puts every head output z under autograd and keeps it with its call; `first` begins the graph."""
 
     calls: dict[str, tuple[AttentionCall, Tensor]]
@@ -157,7 +157,7 @@ def influence(scope: Scope, ids: Tensor, first: int, block: int, *, absolute: bo
     if "logits_to_keep" in scope._forward_parameters:
         inputs["logits_to_keep"] = len(ids) - first + 1
     with frozen(scope.model):
-        with torch.enable_grad(), scope.intervene(_Traced(calls, main_modules(scope))):
+        with torch.enable_grad(), scope.intervene(Traced(calls, main_modules(scope))):
             logits = scope.model(**inputs).logits[0]
             wanted = ids[first:].to(logits.device)
             loss = torch.nn.functional.cross_entropy(logits[-len(wanted) - 1 : -1].float(), wanted)

@@ -46,11 +46,14 @@ NEEDLES = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PasskeyText:
-    """One text: `ids` int64 [N]; `answer` bool [N], the tokens of questions and answers, which stand together at the end."""
+    """One text: `ids` int64 [N]; `answer` bool [N], the tokens of questions and answers, which stand together at the end; `first`, where
+    the first answer begins and ends, without its question, where that is known.
+    """
 
     ids: Tensor
     answer: Tensor
     task: Task
+    first: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -176,7 +179,8 @@ def _passkeys(tokenizer: Any, length: int, generator: torch.Generator) -> Passke
     ids = [*ids, *book[last:]]
     total = len(ids) + sum(map(len, answers))
     answer = torch.arange(total) >= len(ids)
-    return PasskeyText(torch.tensor([*ids, *(number for row in answers for number in row)], dtype=torch.int64), answer, "passkeys")
+    first = (len(ids) + len(asked[0]), len(ids) + len(asked[0]) + len(spelled[0]))
+    return PasskeyText(torch.tensor([*ids, *(number for row in answers for number in row)], dtype=torch.int64), answer, "passkeys", first)
 
 
 def _shape(length: int, word: float, around: int) -> tuple[int, int]:
@@ -201,7 +205,8 @@ def _needles(length: int, generator: torch.Generator) -> PasskeyText:
     end = int(made.answers.max()) + 2  # the full stop behind the last answer
     ids = made.ids[0, :end]
     begin = _first_question(ids.tolist(), count)
-    return PasskeyText(ids.clone(), torch.arange(end) >= begin, "needles")
+    first = made.answers[0, int(made.answers[0, :, 0].argmin())]
+    return PasskeyText(ids.clone(), torch.arange(end) >= begin, "needles", (int(first.min()), int(first.max()) + 1))
 
 
 def _first_question(ids: Sequence[int], count: int) -> int:

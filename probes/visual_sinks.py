@@ -201,7 +201,11 @@ class _LayerLabels(Intervention):
 
 def sink_phi(hidden: Tensor, dimensions: Sequence[int]) -> Tensor:
     """[..., N] float64: phi of hidden states [..., N, d]."""
-    return rms_normed(hidden)[..., list(dimensions)].abs().amax(-1)
+    from headscope.kernels.partial import head_index
+
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    size = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide).double() / sqrt(hidden.shape[-1])  # no copy of the stream in float64
+    return hidden[..., head_index(tuple(dimensions), hidden.device)].double().abs().amax(-1) / size.clamp_min(1e-30)
 
 
 def sink_labels(phi: Tensor, image: Tensor, tau: float) -> Tensor:

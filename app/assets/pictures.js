@@ -28,7 +28,7 @@
     for (var at = 0; at < grid[0] * grid[1]; at++) {
       var share = top > 0 && values[at] === values[at] ? Math.min(values[at] / top, 1) : 0;
       for (var c = 0; c < 3; c++) image.data[4 * at + c] = HUE[c];
-      image.data[4 * at + 3] = Math.round(225 * Math.sqrt(share));
+      image.data[4 * at + 3] = Math.round(215 * share);
     }
     context.putImageData(image, 0, 0);
     return canvas;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash import dcc, html
 from dash.development.base_component import Component
@@ -14,7 +14,9 @@ from headscope.app.format import MINUS, number, words
 from headscope.app.metrics import describe
 from headscope.app.runs import Run
 from headscope.app.urls import compare_url, head_url
-from headscope.profile.comparison import Comparison
+
+if TYPE_CHECKING:
+    from headscope.profile.comparison import Comparison
 
 HEADS_SHOWN = 12
 

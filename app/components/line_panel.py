@@ -48,14 +48,13 @@ def _line(run: Run, layer: int, head: int, kind: str, position: int, scheme: the
     )
     rows = []
     highest = found["top"][0]["weight"] if found["top"] else 1.0
-    for rank, row in enumerate(found["top"][:SHOWN], start=1):
+    for row in found["top"][:SHOWN]:
         at, size = row["position"], found["block"]
         place = f"{at:,}" if size == 1 else f"{at:,} to {at + size - 1:,}"
         target = f"{position}.{at}" if kind == "row" else f"{at}.{position}"
         rows.append(
             html.Tr(
                 [
-                    html.Td(str(rank), className="num rank"),
                     html.Td(
                         html.Button(place, type="button", className="link-button", title="Show it in the map", **{"data-goto": target}),
                         className="num",
@@ -68,7 +67,6 @@ def _line(run: Run, layer: int, head: int, kind: str, position: int, scheme: the
         )
     head_row = html.Tr(
         [
-            html.Th("", className="num"),
             html.Th(other.capitalize(), className="num"),
             html.Th(""),
             html.Th("Weight", className="num"),
@@ -107,8 +105,8 @@ def profile_figure(found: dict[str, Any], other: str, scheme: theme.Scheme) -> d
     traces[0]["hovertemplate"] = f"{other} %{{x}}<br>sum{stretch} %{{y:.3~g}}<extra></extra>"
     layout = theme.layout(
         scheme,
-        margin={"l": 44, "r": 8, "t": 4, "b": 30},
-        xaxis=theme.axis(scheme, title=f"{other} position"),
+        margin={"l": 44, "r": 8, "t": 4, "b": 22},
+        xaxis=theme.axis(scheme),
         yaxis=theme.axis(
             scheme, type="log", nticks=4, exponentformat="power", showgrid=True, gridcolor=palette.line, range=_decades(found["sums"])
         ),

@@ -82,7 +82,7 @@ def viewer_host(name: str = "viewer", badge: str = "map-badge", label: str = "At
 def map_panel(run: Run, place: list[int], state: HeadState) -> Component:
     """The map with its controls and its badge; a run without maps says so."""
     try:
-        facts: dict[str, Any] | None = viewer_facts(run, place[0], place[1], list(state.window or ()))
+        facts = viewer_facts(run, place[0], place[1], list(state.window or ()))
     except RunError as error:
         return panel("Attention map", html.P(str(error), className="muted"), *_silent(state), className="area-map")
     plans = context.index().plans.fitting(run)

@@ -57,7 +57,10 @@ def picture_panel(run: Run, place: list[int], query: Mapping[str, object]) -> Co
         TITLES[found.facts.kind],
         *about(found),
         html.Div(id="pictures", className="pictures", lang=""),
-        html.P(f"{how} Opacity is the square root of the weight's share of the largest. Arrow keys step through with the picture in focus.", className="hint"),
+        html.P(
+            f"{how} Full colour is the largest weight in sight. Arrow keys step through with the picture in focus.",
+            className="hint",
+        ),
         dcc.Store(id="picture-facts", data=facts),
         aside=dcc.Link("All heads", href=pictures_url(run.id)),
         className="area-picture",

@@ -7,7 +7,7 @@ page says so and shows what can still be compared: roles, whole-model numbers, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dash
 import dash_mantine_components as dmc
@@ -26,7 +26,9 @@ from headscope.app.metrics import default_metric, describe, grouped
 from headscope.app.runs import Run
 from headscope.app.urls import choice, compare_url, home_url, run_url
 from headscope.errors import HeadscopeError, RunError
-from headscope.profile.comparison import Comparison, compare
+
+if TYPE_CHECKING:
+    from headscope.profile.comparison import Comparison
 
 TITLE = "Compare · headscope"
 
@@ -43,6 +45,8 @@ class Pair:
     @classmethod
     def open(cls, first: str, second: str) -> Pair:
         """Opens both. RunError for an id that is not listed."""
+        from headscope.profile.comparison import compare
+
         a, b = context.open_run(first), context.open_run(second)
         try:
             return cls(a, b, compare(a.profile(), b.profile()), "")
@@ -155,7 +159,12 @@ def _body(pair: Pair, metric: str, chosen: Head | None, scheme: theme.Scheme) ->
         _graph("compare-depth", figures.depth_figure(first, second, described, scheme), f"{first.id}-{second.id}-depth"),
     )
     if pair.found is None:
-        return html.Div([html.Div(control("Metric", select), className="toolbar"), html.Div([html.Div([depth, cards], className="column"), roles], className="compare-pair")])
+        return html.Div(
+            [
+                html.Div(control("Metric", select), className="toolbar"),
+                html.Div([html.Div([depth, cards], className="column"), roles], className="compare-pair"),
+            ]
+        )
     drawn = figures.grids(first, second, described, chosen, scheme)
     titles = {"grid-a": f"First: {first.id}", "grid-b": f"Second: {second.id}", "difference": "Second less first"}
     three = html.Div(

@@ -44,6 +44,7 @@ class Intervening(Protocol):
 
     def before(self, call: AttentionCall) -> AttentionCall: ...
     def after(self, call: AttentionCall, output: Tensor) -> Tensor: ...
+    def wants_lse(self, call: AttentionCall) -> bool: ...
 
 
 class Executing(Protocol):
@@ -132,6 +133,17 @@ class Attachment:
     def _here(self, stage: Stage) -> list[Actor]:
         thread = threading.get_ident()
         return [actor for actor in self._actors if actor.stage == stage and actor.thread == thread]
+
+    @property
+    def active_besides_executors(self) -> str:
+        """What else than plans this thread has open, in words; "" for nothing."""
+        stages: tuple[tuple[Stage, str], ...] = (("intervention", "an intervention"), ("observer", "an observer"))
+        found = [what for stage, what in stages if self._here(stage)]
+        return " and ".join(found)
+
+    def executors_here(self) -> list[Any]:
+        """This thread's executors, the innermost first."""
+        return [actor.what for actor in reversed(self._here("executor"))]
 
     def _fasten(self) -> None:
         from transformers import PreTrainedModel
@@ -248,7 +260,8 @@ class Attachment:
             if own is None and len(anew) == call.q.shape[1]:
                 own = exact_heads(edited, anew)
             host.ran = own is None
-            listening = Listening() if host.ran and edited.q.is_cuda and self._here("observer") else None
+            wanted = self._here("observer") or any(actor.what.wants_lse(edited) for actor in interventions)
+            listening = Listening() if host.ran and edited.q.is_cuda and wanted else None
             with listening or nullcontext():
                 if own is not None:
                     result: Any = (own, None)

@@ -74,6 +74,13 @@ class Observer:
 
     def observe(self, call: AttentionCall, output: Tensor, host: HostCall, run: ModuleRun, state: ForwardState) -> None:
         """Measure one call and put it where it belongs."""
+        if getattr(run.cache, "frees_keys", False):
+            raise refusal(
+                CaptureError,
+                f"{call.module} with a cache that frees keys",
+                "the call holds the newest keys only, so nothing about the others could be measured",
+                "run the plan with the model's own cache: scope.execute(plan)",
+            )
         if run.calls and (call.mask.causal or run.cache is not None or call.is_cross):
             raise refusal(
                 CaptureError,

@@ -1,4 +1,4 @@
-"""`headscope bench capture` and `headscope bench maps`."""
+"""`headscope bench capture`, `headscope bench interventions`, `headscope bench maps`, `headscope bench prefill` and `headscope bench decode`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from headscope.cli.console import emit_json, say, table
-from headscope.errors import RunError, refusal
+from headscope.errors import DataError, RunError, refusal
 
 
 def capture(
@@ -24,8 +24,7 @@ def capture(
     """Capture of every passive statistic against the plain forward pass, in one run: time and peak memory, as ratios."""
     from headscope.models.auto import pick_device
 
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):  # said before minutes of measuring, not after
-        raise refusal(RunError, f"--out {out}", "no file can be written there", "pass a file in a folder that exists")
+    _writable(out)
     kind = str(pick_device(device))
     if kind.startswith("cuda"):
         from headscope.bench.capture_gpu import run as run_gpu
@@ -37,17 +36,7 @@ def capture(
 
         ways = tuple(name.strip() for name in only.split(",")) if only else WAYS
         result = run_cpu(model, tokens=tokens, repeats=repeats, limit_gib=limit_gib, ways=ways, say=say)
-    if out is not None:
-        import json
-
-        out.write_text(json.dumps(result, indent=2) + "\n")
-    if as_json:
-        emit_json(result)
-        return
-    for block in result["tables"]:
-        table(block["title"], block["columns"], _rows(block), block["columns"][1:])
-    for line in result["notes"]:
-        print(line)
+    _show(result, out, as_json)
 
 
 def maps(
@@ -78,6 +67,114 @@ def maps(
     print(f"peak memory: host {result['host_peak_gib']} GiB, device {result['device_peak_gib']} GiB")
 
 
+def prefill(
+    quick: Annotated[bool, typer.Option("--quick", help="Two lengths and three densities.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Sparse prefill against dense cuDNN, FlashAttention-2 and FlexAttention under the same mask, on one CUDA device."""
+    from headscope.bench.prefill import run
+
+    _writable(out)
+    _show(run(quick), out, as_json)
+
+
+def decode(
+    lengths: Annotated[str, typer.Option(help="Tokens in the cache, comma-separated.")] = "8192,32768,131072",
+    batches: Annotated[str, typer.Option(help="Sequences, comma-separated.")] = "1,8",
+    flex: Annotated[bool, typer.Option(help="Also FlexAttention, compiled for two plans at the longest length.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """One sparse decode step against dense cuDNN, FlashAttention-2 and FlexAttention, on one CUDA device: time, memory, error."""
+    from headscope.bench.decode import run
+
+    _writable(out)
+    _show(run(_numbers("--lengths", lengths), _numbers("--batches", batches), flex=flex, say=say), out, as_json)
+
+
+def _numbers(name: str, given: str) -> list[int]:
+    """Counts separated by commas."""
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise refusal(DataError, f"{name} {given!r}", "it lists counts", f"pass e.g. {name} 8192,32768")
+    return [int(part) for part in parts]
+
+
+def interventions(
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt, a picture's 576 among them.")] = 8192,
+    layers: Annotated[int, typer.Option(help="Layers of the random model, of Llama-3-8B's width.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Counted rounds; each round runs every method once.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """A whole forward pass with heads changed, by each method, against plain sdpa and eager, on one CUDA device: time and memory."""
+    from headscope.bench.interventions_gpu import run
+
+    _writable(out)
+    _show(run(tokens, layers, rounds), out, as_json)
+
+
+def _writable(out: Path | None) -> None:
+    """Refuses a file that cannot be written before minutes of measuring, not after."""
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise refusal(RunError, f"--out {out}", "no file can be written there", "pass a file in a folder that exists")
+
+
+def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Prints a benchmark's tables and notes, or its JSON, and keeps it in a file."""
+    if out is not None:
+        import json
+
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    if as_json:
+        emit_json(result)
+        return
+    for block in result["tables"]:
+        table(block["title"], block["columns"], _rows(block), block["columns"][1:])
+    for line in result["notes"]:
+        print(line)
+
+
 def _rows(block: dict[str, Any]) -> list[list[Any]]:
     """A table's rows in the order of its columns; a result may hold them as dictionaries."""
     return [[row[name] for name in block["columns"]] if isinstance(row, dict) else list(row) for row in block["rows"]]
+
+
+def quality(
+    models: Annotated[list[str], typer.Argument(help="Models: bundled:needle is asked for its needles, others are judged by perplexity.")],
+    methods: Annotated[str | None, typer.Option(help="Planners, comma-separated. Default: all.")] = None,
+    densities: Annotated[str, typer.Option(help="Shares to ask for, comma-separated.")] = "0.1,0.2,0.3,0.5,0.7",
+    phases: Annotated[str, typer.Option(help="prefill, decode or both, comma-separated.")] = "prefill,decode",
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = 2048,
+    count: Annotated[int, typer.Option(help="Haystacks of each kind, or texts.")] = 16,
+    batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 4,
+    run: Annotated[Path | None, typer.Option(help="Take what planners stand on from this run directory (one model).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw it, to this .html file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Accuracy or perplexity against density for every planner, measured while the plan runs."""
+    from headscope.bench.quality import bench
+    from headscope.bench.quality_figure import draw, tables
+
+    for path in (out, figure):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise refusal(RunError, str(path), "no file can be written there", "pass a file in a folder that exists")
+    if run is not None and len(models) > 1:
+        raise refusal(RunError, f"--run for {len(models)} models", "a run is of one model", "measure one model at a time")
+    asked = None if methods is None else [name.strip() for name in methods.split(",")]
+    targets = [float(one) for one in densities.split(",")]
+    wanted = [name.strip() for name in phases.split(",")]
+    result = bench(models, asked, targets, wanted, length=length, count=count, batch=batch, run_path=run, say=say)
+    if out is not None:
+        import json
+
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if figure is not None:
+        draw(result).write_html(figure, include_plotlyjs=True)
+    if as_json:
+        emit_json(result)
+        return
+    for block in tables(result):
+        table(block["title"], block["columns"], _rows(block), block["columns"][1:])

@@ -12,10 +12,15 @@ from headscope.cli import (
     compare_cmd,
     demo_cmd,
     doctor_cmd,
+    export_cmd,
+    formats_cmd,
+    import_cmd,
     intervene_cmd,
     models_cmd,
+    plan_cmd,
     probes_cmd,
     profile_cmd,
+    run_cmd,
     score_cmd,
     show_cmd,
 )
@@ -37,12 +42,21 @@ app.command("show")(show_cmd.show)
 app.command("score")(score_cmd.score)
 app.command("compare")(compare_cmd.compare)
 app.command("intervene")(intervene_cmd.intervene)
+app.command("plan")(plan_cmd.plan)
+app.command("export")(export_cmd.export)
+app.command("import")(import_cmd.import_file)
+app.command("formats")(formats_cmd.formats)
+app.command("run")(run_cmd.run)
 app.command("models")(models_cmd.models)
 app.command("probes")(probes_cmd.probes)
 app.command("app")(app_cmd.serve)
 app.command("doctor")(doctor_cmd.doctor)
 bench.command("capture")(bench_cmd.capture)
 bench.command("maps")(bench_cmd.maps)
+bench.command("quality")(bench_cmd.quality)
+bench.command("interventions")(bench_cmd.interventions)
+bench.command("prefill")(bench_cmd.prefill)
+bench.command("decode")(bench_cmd.decode)
 app.add_typer(bench, name="bench")
 
 

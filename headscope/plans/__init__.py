@@ -8,6 +8,9 @@ schema     the file format
 from __future__ import annotations
 
 from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.dynamic_anchor import GroupColumns, Stripes
+from headscope.plans.dynamic_flexprefill import FlexBlocks
+from headscope.plans.dynamic_steps import HeldBlocks
 from headscope.plans.patterns import Blocks, Dense, Lines, Pattern, Power, Span, Streaming, Strided
 from headscope.plans.plan import PlanModel, SparsePlan
 from headscope.plans.registry import PATTERNS
@@ -19,6 +22,9 @@ __all__ = [
     "Blocks",
     "Budget",
     "Dense",
+    "FlexBlocks",
+    "GroupColumns",
+    "HeldBlocks",
     "Lines",
     "Pattern",
     "PlanModel",
@@ -27,6 +33,7 @@ __all__ = [
     "SparsePlan",
     "Streaming",
     "Strided",
+    "Stripes",
     "TopBlocks",
     "TopKeys",
     "VerticalSlash",

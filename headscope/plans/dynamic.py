@@ -51,8 +51,8 @@ class TopBlocks(Pattern):
 
     `rule`: "pooled" (mean queries against mean keys, MInference, FlexPrefill arXiv:2502.20766), "antidiagonal" (strided sums, XAttention
     arXiv:2503.16428), "anchor" (scores against an anchor's maximum less `mass` nats, AnchorAttention arXiv:2505.23520), "exact" (the block
-    masses themselves). The first tile and the diagonal one are always kept. `refresh` > 1 keeps the chosen tiles over that many denoising
-    or decode steps (SparseD arXiv:2509.24014).
+    masses themselves). The first tile and the diagonal one are always kept. `expected`: with `mass`, the share of the causal entries that
+    this was measured to keep; None where nobody measured, and then it counts as dense.
     """
 
     share: float | None = None
@@ -60,12 +60,14 @@ class TopBlocks(Pattern):
     rule: Literal["pooled", "antidiagonal", "anchor", "exact"] = "pooled"
     block: int = BLOCK
     stride: int = 16
-    refresh: int = 1
+    expected: float | None = None
     kind = "top_blocks"
     static = False
 
     def check(self) -> None:
-        self._whole(1, "block", "stride", "refresh")
+        self._whole(1, "block", "stride")
+        if self.expected is not None and not 0 < self.expected <= 1:
+            raise refusal(PlanError, f"expected={self.expected}", "it is a part of the entries", "use 0 < expected <= 1")
         if (self.share is None) == (self.mass is None):
             raise refusal(
                 PlanError, f"share={self.share}, mass={self.mass}", "one of them says how many tiles are kept", "give exactly one"
@@ -82,7 +84,7 @@ class TopBlocks(Pattern):
         raise _dynamic(self)
 
     def kept(self, length: int) -> float:
-        part = self.share if self.share is not None else 1.0  # how many tiles a mass needs is known from statistics only
+        part = self.share if self.share is not None else self.expected or 1.0  # how many tiles a mass needs is known from statistics only
         return max(part * length * (length + 1) / 2, min(length, self.block) * length / 2)
 
     def cached(self, length: int) -> float:
@@ -92,18 +94,27 @@ class TopBlocks(Pattern):
 @dataclass(frozen=True)
 class Budget(Pattern):
     """After a dense prefill, the `keep` keys that the last `window` rows weigh most, and those rows' own keys (SnapKV, arXiv:2404.14469;
-    HeadKV gives each head a budget of its own). `pool`: width of the mean filter over the scores.
+    HeadKV gives each head a budget of its own). `pool`: width of the mean filter over the scores. `sink`: first keys that are always among
+    the `keep`; `recent`: last keys that stay beside them, `window` at least (Task-KV, arXiv:2501.15113).
+
+    `grouped`: the query heads of a key head choose together, by their mean weights, so that heads of one budget share their keys and the
+    cache holds `keep` of them and not the union of what each head would have chosen.
     """
 
     keep: int
     window: int = 32
     pool: int = 5
+    sink: int = 0
+    recent: int = 0
+    grouped: bool = True
     kind = "budget"
     static = False
 
     def check(self) -> None:
-        self._whole(0, "keep")
+        self._whole(0, "keep", "sink", "recent")
         self._whole(1, "window", "pool")
+        if self.sink > self.keep:
+            raise refusal(PlanError, f"budget with sink={self.sink}", f"they are among keep={self.keep}", "keep more, or a smaller sink")
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """PlanError: it depends on the input."""
@@ -113,13 +124,14 @@ class Budget(Pattern):
         return length * (length + 1) / 2
 
     def cached(self, length: int) -> float:
-        return min(length, self.keep + self.window)
+        return min(length, self.keep + max(self.window, self.recent))
 
 
 @dataclass(frozen=True)
 class TopKeys(Pattern):
     """Decoding only: per step the `keep` keys of largest weight, chosen by this head itself every `refresh` steps, or taken over from
-    `source` = (layer, head), a layer before it (TidalDecode arXiv:2410.05076, HyLRA arXiv:2602.00777).
+    `source` = (layer, head), a layer before it (TidalDecode arXiv:2410.05076, HyLRA arXiv:2602.00777). With `full`, the head chooses keys
+    for others and sees every key itself.
     """
 
     keep: int
@@ -127,12 +139,17 @@ class TopKeys(Pattern):
     source: tuple[int, int] | None = None
     sink: int = 4
     window: int = 64
+    full: bool = False
     kind = "top_keys"
     static = False
 
     def check(self) -> None:
         self._whole(1, "keep", "refresh", "window")
         self._whole(0, "sink")
+        if not isinstance(self.full, bool) or (self.full and self.source is not None):
+            raise refusal(
+                PlanError, f"full={self.full!r}, source={self.source}", "a head that takes keys over cannot see all", "give one of them"
+            )
         if self.source is not None:
             object.__setattr__(self, "source", (int(self.source[0]), int(self.source[1])))
 

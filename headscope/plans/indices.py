@@ -18,6 +18,7 @@ import torch
 from headscope.errors import PlanError, refusal
 from headscope.kernels.gather import window_scores
 from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.dynamic_rules import Choosing
 from headscope.plans.patterns import Blocks, Lines, Pattern
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def choose(call: AttentionCall, head: int, pattern: Pattern) -> Pattern:
     }
     if pattern.static:
         return pattern
+    if isinstance(pattern, Choosing):
+        return pattern.choose(call, head)
     if type(pattern) not in rules:
         raise refusal(PlanError, f"{pattern}", "there is no rule for it", f"use one of {', '.join(cls.kind for cls in rules)}")
     return rules[type(pattern)](call, head, pattern)
@@ -218,13 +221,18 @@ def _exact(call: AttentionCall, head: int, size: int, first: int, tiles: int) ->
 
 
 def budget(call: AttentionCall, head: int, pattern: Pattern) -> Chosen:
-    """After a prefill: the keys before the window that its rows weigh most, after a mean filter (SnapKV)."""
+    """After a prefill: the keys before the recent ones that the window's rows weigh most, after a mean filter (SnapKV)."""
     assert isinstance(pattern, Budget)
-    rows, first = last_weights(call, head, pattern.window)
-    scores = rows[:, :first].sum(0)
+    size = call.group if pattern.grouped else 1
+    members = [head] if size == 1 else range(head // size * size, head // size * size + size)
+    found = [last_weights(call, member, pattern.window) for member in members]
+    rows, first = torch.stack([rows for rows, _ in found]).mean(0), found[0][1]
+    since = max(0, first + len(rows) - max(pattern.window, pattern.recent))
+    scores = rows[:, :since].sum(0)
     if pattern.pool > 1 and len(scores):
         scores = torch.nn.functional.avg_pool1d(scores[None, None], pattern.pool, 1, pattern.pool // 2)[0, 0, : len(scores)]
-    return Chosen(tuple(_largest(scores, pattern.keep)), first)
+    scores[: pattern.sink] = torch.inf
+    return Chosen(tuple(_largest(scores, pattern.keep)), since)
 
 
 def top_keys(call: AttentionCall, head: int, pattern: Pattern) -> Chosen:

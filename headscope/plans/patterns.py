@@ -43,6 +43,10 @@ class Pattern(ABC):
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """rows [R], keys [K] int64 positions -> [R, K] bool, before causality. Dynamic patterns raise PlanError."""
 
+    def fixed(self, length: int) -> Pattern:
+        """The rule as it is for a text of `length` tokens: itself, unless it grows with the text."""
+        return self
+
     def reach(self, low: int, high: int) -> Tensor:
         """Positions that some row of low..high may see, ascending, perhaps a few more; what a tile of rows must load."""
         keys = torch.arange(high + 1)
@@ -116,36 +120,45 @@ class Streaming(Pattern):
 
     def kept(self, length: int) -> float:
         full = min(length, self.sink + self.window)
-        return full * (full + 1) / 2 + (length - full) * (self.sink + self.window)
+        return full * (full + 1) / 2 + (length - full) * (self.sink + self.window + self.compensate)
 
     def cached(self, length: int) -> float:
-        return min(length, self.sink + self.window)
+        full = self.sink + self.window
+        return length if length <= full else full + self.compensate  # the mean of what was dropped stays too
 
 
 @dataclass(frozen=True)
 class Span(Pattern):
-    """A window that grows with the text, alpha + beta * N keys, beside `sink` first ones (MoA's elastic spans, arXiv:2406.14909). N is the
-    length of the whole text, so that every row has the same window.
+    """A window that grows with the text, alpha + beta * N keys and `floor` at least, beside `sink` first ones (MoA's elastic spans,
+    arXiv:2406.14909). N is the length of the whole text, so that every row has the same window. `compensate`: as in `Streaming`
+    (RazorAttention's windows, of N / 5 and 4,000 at least, are such).
     """
 
     alpha: float
     beta: float
     sink: int = 64
+    floor: int = 1
+    compensate: bool = False
     kind = "span"
 
     def check(self) -> None:
         self._whole(0, "sink")
-        if self.beta < 0 or self.beta > 1 or self.alpha + self.beta * 1e9 < 1:
+        self._whole(1, "floor")
+        if not (0 <= self.beta <= 1 and abs(self.alpha) < 1e12) or self.alpha + self.beta * 1e9 < 1:
             raise refusal(
                 PlanError, f"span alpha={self.alpha} beta={self.beta}", "its window would be empty", "use 0 <= beta <= 1, alpha >= 1 - beta"
             )
 
     def at(self, length: int) -> Streaming:
-        """The window at one length; at least 1."""
-        return Streaming(self.sink, max(1, min(length, int(self.alpha + self.beta * length))))
+        """The window at one length; at least `floor`."""
+        return Streaming(self.sink, min(length, max(self.floor, int(self.alpha + self.beta * length))), self.compensate)
+
+    def fixed(self, length: int) -> Streaming:
+        """The window at that length."""
+        return self.at(length)
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """As `at(length).visible`, where the last row is the end of the text."""
+        """As `at(length).visible`, where the last row is the end of the text. Kernels, which go tile by tile, ask `fixed` first."""
         return self.at(int(rows.max()) + 1 if len(rows) else 1).visible(rows, keys)
 
     def kept(self, length: int) -> float:

@@ -25,8 +25,11 @@ from headscope.plans.registry import pattern_from
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from headscope.export import LossReport
+    from headscope.plans.mass import KeptMass
     from headscope.profile import HeadProfile
     from headscope.scope import Scope
+    from headscope.statistics import HeadStatistics
     from headscope.topology import Topology
 
 SCHEMA_VERSION = 1
@@ -199,6 +202,20 @@ class SparsePlan:
         """Cached bytes as a share of the dense cache's."""
         return self.kv_bytes(length) / SparsePlan.uniform(self.model, Dense()).kv_bytes(length)
 
+    def layer(self, layer: int) -> list[Pattern]:
+        """The patterns of a layer's query heads, in order. PlanError for a layer that the plan does not have."""
+        if layer not in self.model.layers:
+            raise refusal(PlanError, f"layer {layer}", self._shape(), "name one of the model's layers")
+        return [self.patterns[layer, head] for head in range(self.model.heads[self.model.layers.index(layer)])]
+
+    def kept_mass(
+        self, source: Scope | HeadProfile | HeadStatistics, length: int | None = None, data: Any = None, *, exact: bool = False
+    ) -> KeptMass:
+        """Share of each head's attention that the plan keeps at `length` tokens, from statistics: see `headscope.plans.mass`."""
+        from headscope.plans.mass import kept_mass
+
+        return kept_mass(self, source, length, data, exact=exact)
+
     def _mean(self, value: Callable[[Pattern], float], length: int) -> float:
         _check(length)
         cached = _cached(value)
@@ -303,6 +320,14 @@ class SparsePlan:
         except (OSError, UnicodeDecodeError) as error:
             raise refusal(PlanError, str(path), f"it cannot be read ({error})", "pass the path of a plan.json") from None
         return cls.from_json(text)
+
+    def export(self, format: str, path: str | Path, **options: Any) -> LossReport:
+        """Writes the plan as another engine's files: `plan.export("minference", "out/", lossy=True)`; see `headscope.export.Format.write`
+        for `lossy`, `force`, `length` and `profile`.
+        """
+        from headscope.export import write
+
+        return write(self, format, path, **options)
 
     # ---- showing ------------------------------------------------------------------------------------------------
 

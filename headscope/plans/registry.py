@@ -7,10 +7,17 @@ from typing import Any
 
 from headscope.errors import PlanError, refusal, unknown_name
 from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
+from headscope.plans.dynamic_anchor import GroupColumns, Stripes
+from headscope.plans.dynamic_flexprefill import FlexBlocks
+from headscope.plans.dynamic_steps import HeldBlocks
 from headscope.plans.patterns import Blocks, Dense, Lines, Pattern, Power, Span, Streaming, Strided
 
 PATTERNS: dict[str, type[Pattern]] = {
-    cls.kind: cls for cls in (Dense, Streaming, Span, Strided, Power, Lines, Blocks, VerticalSlash, TopBlocks, Budget, TopKeys)
+    cls.kind: cls
+    for cls in (
+        *(Dense, Streaming, Span, Strided, Power, Lines, Blocks, GroupColumns),
+        *(VerticalSlash, TopBlocks, Budget, TopKeys, FlexBlocks, Stripes, HeldBlocks),
+    )
 }
 """Every pattern by its name in JSON."""
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from headscope.export import LossReport
+    from headscope.plans import SparsePlan
     from headscope.profile.clusters import HeadClusters
 
 
@@ -197,6 +199,20 @@ class HeadProfile:
         from headscope.profile.agreement import plot_agreement
 
         return plot_agreement(self, metrics)
+
+    def plan(self, method: str, **options: Any) -> SparsePlan:
+        """A sparse plan from what this profile knows: `profile.plan("duo", density=0.25)`; see `headscope.plans.planners`."""
+        from headscope.plans.planners import plan
+
+        return plan(self, method, **options)
+
+    def export(self, format: str, path: str | Path, **options: Any) -> LossReport:
+        """Writes scores, or an imported plan, as another engine's files: `profile.export("duo-attention", "out/")`; see
+        `headscope.export.Format.write` for `lossy`, `force`, `length` and `metric`.
+        """
+        from headscope.export import write
+
+        return write(self, format, path, **options)
 
     def plot(self, metric: str | None = None, *, mark: str | None = None) -> go.Figure:
         """Heat map of a metric over layers and heads; `mark` outlines the heads of a role. See `headscope.profile.plot`."""

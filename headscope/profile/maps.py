@@ -94,9 +94,9 @@ class Keeper:
         layers = self.scope.topology.layers
         content = RunContent(layers, shown_tokens(self.scope, self.shown), maps=self.maps)
         for label in self.names:
-            content.arrays[label] = _stacked(stats, label.partition("/")[2], layers)
+            content.arrays[label] = stacked(stats, label.partition("/")[2], layers)
         for plane in () if self.maps is None else self.maps.planes:
-            content.pyramids[plane] = build_pyramid(_stacked(stats, plane, layers), plane)
+            content.pyramids[plane] = build_pyramid(stacked(stats, plane, layers), plane)
         for layer in self.keep:
             content.kept[layer] = kept_layer(stats.kept(layer))
         return content
@@ -256,7 +256,7 @@ def _pieces(scope: Scope, text: ProbeText) -> tuple[str, ...]:
     return tuple(str(number) for number in ids) if tokenizer is None else token_pieces(tokenizer, ids)
 
 
-def _stacked(stats: HeadStatistics, name: str, layers: tuple[int, ...]) -> np.ndarray:
+def stacked(stats: HeadStatistics, name: str, layers: tuple[int, ...]) -> np.ndarray:
     """[L, H, ...] of the first sequence, float32 (argmax int32); layers with fewer heads end in NaN (argmax -1)."""
     listed = [stats[name][layer][0] for layer in layers]
     heads = max(values.shape[0] for values in listed)

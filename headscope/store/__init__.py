@@ -3,6 +3,7 @@
 from headscope.store.content import MapInfo, RunContent, Tokens
 from headscope.store.kept import KeptFacts, KeptLayer
 from headscope.store.listing import RunEntry, list_runs
+from headscope.store.pictures import PictureFacts, Pictures
 from headscope.store.read import Run, open_run
 from headscope.store.schema import SCHEMA_VERSION
 from headscope.store.write import RunLayout, RunWriter, run_writer, write_run
@@ -12,6 +13,8 @@ __all__ = [
     "KeptFacts",
     "KeptLayer",
     "MapInfo",
+    "PictureFacts",
+    "Pictures",
     "Run",
     "RunContent",
     "RunEntry",

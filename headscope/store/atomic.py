@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from headscope.errors import RunError, refusal
-from headscope.store.schema import CARD, HEADS, KEPT, MAPS, STATISTICS, TABLES, TOKENS
+from headscope.store.schema import CARD, HEADS, KEPT, MAPS, PICTURES, STATISTICS, TABLES, TOKENS
 
 PARTIAL = ".partial"
 ASIDE = ".replaced"
-CONTENT = {CARD, HEADS, STATISTICS, TOKENS, MAPS, KEPT, TABLES}
+CONTENT = {CARD, HEADS, STATISTICS, TOKENS, MAPS, KEPT, TABLES, *PICTURES}
 """What a run directory holds; anything else in one is somebody's, and is not deleted with it."""
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
 
@@ -80,7 +80,7 @@ def _objection(target: Path, overwrite: bool) -> RunError | None:
     if not target.exists() and not target.is_symlink():
         return None
     if not overwrite:
-        return refusal(RunError, str(target), "it exists already", "choose another path, or pass overwrite=True")
+        return refusal(RunError, str(target), "it exists already", "choose another path, or overwrite it: overwrite=True (--overwrite)")
     try:
         names = {entry.name for entry in target.iterdir()} if target.is_dir() and not target.is_symlink() else None
     except FileNotFoundError:  # gone since a moment ago

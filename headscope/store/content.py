@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from headscope.errors import RunError, refusal, unknown_name
 from headscope.store.kept import KeptLayer, weights_window
+
+if TYPE_CHECKING:
+    from headscope.store.pictures import Pictures
 
 PLANES = ("block_mass", "block_max")
 
@@ -60,7 +64,7 @@ class RunContent:
     """Shown text, statistics and maps in memory.
 
     `layers`: numbers of the main stack. `statistics`: "row/<name>" and "column/<name>" -> [L, H, N] float32 (argmax int32). `pyramids`:
-    plane -> arrays [L, H, n, n] float32, finest first. `kept`: layer -> its q, k and lse.
+    plane -> arrays [L, H, n, n] float32, finest first. `kept`: layer -> its q, k and lse. `pictures`: attention over a picture.
     """
 
     layers: tuple[int, ...]
@@ -69,6 +73,7 @@ class RunContent:
     pyramids: dict[str, list[np.ndarray]] = field(default_factory=dict)
     maps: MapInfo | None = None
     kept: dict[int, KeptLayer] = field(default_factory=dict)
+    pictures: Pictures | None = None
 
     @property
     def heads_per_layer(self) -> int:

@@ -14,8 +14,9 @@ from headscope.store import files
 from headscope.store.atomic import restore_interrupted
 from headscope.store.content import MapInfo, Tokens, check_head, layer_index, map_place, not_kept, slice_of, tile_span
 from headscope.store.kept import KeptLayer, KeptReader
+from headscope.store.pictures import PictureReader
 from headscope.store.pyramid import MapReader
-from headscope.store.schema import CARD, HEADS, KEPT, MAPS, STATISTICS, TABLES, TOKENS, check_version
+from headscope.store.schema import CARD, HEADS, KEPT, MAPS, PICTURES, STATISTICS, TABLES, TOKENS, check_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -211,6 +212,22 @@ class Run:
                 self._check_size(place)
         assert self._kept is not None
         return self._kept.window(layer, head, q0, q1, k0, k1)
+
+    @cached_property
+    def pictures(self) -> PictureReader | None:
+        """Attention over a picture by frame, None when the run has none."""
+        if PICTURES[0] not in self._files:
+            return None
+        for name in PICTURES:
+            if name not in self._files:
+                raise refusal(RunError, str(self.path), f"{name} is missing", "copy the run again, or write it again")
+            self._check_sum(name)
+        return PictureReader(self.path)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files but the card, as the card lists them."""
+        return tuple(self._files)
 
     def _checked_group(self, folder: str) -> bool:
         """Whether the run has a zarr group, its metadata checked."""

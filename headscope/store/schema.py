@@ -6,6 +6,7 @@
     tokens.json              the shown text, its ids and one piece of text per token
     maps.zarr                zarr v3: block_mass/<level> and block_max/<level> [L, H, n, n], in tiles
     tables/<name>.parquet    what active probes found that is no number per head
+    pictures.json, .safetensors  attention over a picture by frame, see `headscope.store.pictures`
     qk.zarr                  zarr v3: <layer>/q [H, N, D], <layer>/k [Hkv, N, D], <layer>/lse [H, N] of the layers that were kept
 
 A reader that meets a newer schema_version stops; it does not read what it thinks it knows. Older versions are read by this module's
@@ -28,6 +29,7 @@ TOKENS = "tokens.json"
 MAPS = "maps.zarr"
 KEPT = "qk.zarr"
 TABLES = "tables"
+PICTURES = ("pictures.json", "pictures.safetensors")
 
 
 def check_version(found: Any, where: Path) -> None:

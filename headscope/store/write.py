@@ -23,6 +23,7 @@ from headscope.errors import RunError, refusal
 from headscope.store import files
 from headscope.store.atomic import atomic_directory
 from headscope.store.kept import KeptLayer, kept_group, write_kept
+from headscope.store.pictures import PictureReader, Pictures, write_pictures
 from headscope.store.pyramid import MapWriter
 from headscope.store.schema import CARD, HEADS, KEPT, MAPS, SCHEMA_VERSION, STATISTICS, TABLES, TOKENS
 
@@ -115,7 +116,12 @@ class RunWriter:
             busy.result()
 
     def finish(
-        self, card: dict[str, Any], heads: pd.DataFrame, tokens: Tokens | None = None, tables: dict[str, pd.DataFrame] | None = None
+        self,
+        card: dict[str, Any],
+        heads: pd.DataFrame,
+        tokens: Tokens | None = None,
+        tables: dict[str, pd.DataFrame] | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         """Writes what is about all layers, and the card last. RunError when a layer is missing."""
         missing = [layer for layer in self.layout.layers if layer not in self._written]
@@ -127,7 +133,8 @@ class RunWriter:
                 self._statistics.close()
             if self._maps is not None:
                 self._maps.close()
-            seal(self.folder, card, heads, tokens, tables, None if self._statistics is None else self._statistics.sums)
+            sums = None if self._statistics is None else self._statistics.sums
+            seal(self.folder, card, heads, tokens, tables, sums, pictures)
         self.finished = True
 
     @contextmanager
@@ -196,7 +203,9 @@ def write_run(
             writer = RunWriter(folder, layout_of(content), target)
             try:
                 _copy_layers(writer, content)
-                writer.finish(card, heads, content.tokens, tables)
+                given = content.pictures
+                pictures = given.load() if isinstance(given, PictureReader) else given
+                writer.finish(card, heads, content.tokens, tables, pictures)
             finally:
                 writer.close()
         else:
@@ -234,6 +243,7 @@ def seal(
     tokens: Tokens | None,
     tables: dict[str, pd.DataFrame] | None,
     sums: dict[str, list[str]] | None,
+    pictures: Pictures | None = None,
 ) -> None:
     """The tables, the text, and last the card with every file's size and checksum; `sums`: those of the statistics' layers."""
     files.write_heads(folder / HEADS, heads)
@@ -241,6 +251,8 @@ def seal(
         files.write_table(folder / TABLES, name, table)
     if tokens is not None:
         files.write_tokens(folder / TOKENS, tokens)
+    if pictures is not None:
+        write_pictures(folder, pictures)
     entries = [entry for entry in sorted(folder.rglob("*")) if entry.is_file()]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(files.sha256_of, entries))

@@ -154,10 +154,10 @@ def request_context(app):
 
 @pytest.fixture
 def plain() -> Callable[[Any], str]:
-    """A Dash component or figure as the JSON that is sent."""
+    """A Dash component or figure as the JSON that is sent, its escapes undone."""
     from dash._utils import to_json
 
-    return lambda value: str(to_json(value))
+    return lambda value: json.dumps(json.loads(to_json(value)), ensure_ascii=False, separators=(",", ":"))
 
 
 @pytest.fixture

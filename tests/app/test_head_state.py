@@ -8,7 +8,16 @@ from headscope.app.components.head_state import HeadState, usual
 from headscope.app.urls import choice, choices, position, span
 
 VIEW = HeadState(
-    plane="max", scale="linear", hide_sink=True, window=(10, 150, 0, 64), series=["entropy", "row_max"], colour="distance", token=77, page=0
+    plane="max",
+    scale="row",
+    hide_sink=True,
+    window=(10, 150, 0, 64),
+    series=["entropy", "row_max"],
+    colour="distance",
+    token=77,
+    key=12,
+    plan="mine",
+    pins="1.2,0.3",
 )
 
 
@@ -29,6 +38,8 @@ def test_defaults_are_left_out_of_the_address(run) -> None:
         {"plane": ["mass", "max"], "token": "-1", "q": "0-99999999999999999999999", "k": "a-b"},
         {"token": "1e3", "plots": "nope,neither", "q": "10", "sink": "1"},
         {"token": "\u0663", "plane": ""},
+        {"key": "-3", "pins": "9.9,evil,../x", "plan": ["a", "b"]},
+        {"key": "4000", "plan": "x" * 300},
     ],
 )
 def test_what_a_run_lacks_falls_back_to_the_default(run, query: dict[str, object]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import dash
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +13,7 @@ from headscope.app import context
 from headscope.app.components.head_steps import neighbours
 from headscope.app.factory import create_app
 from headscope.app.figures import untyped
-from headscope.app.pages import head, heads, not_found, runs
+from headscope.app.pages import compare, head, heads, not_found, runs
 from headscope.app.theme import COOKIE
 from headscope.errors import RunError
 from headscope.profile.roles import assign_roles
@@ -53,16 +52,19 @@ def test_a_damaged_run_is_shown_with_the_error(damaged: Path, plain) -> None:
         assert "card.json" in plain(heads.layout("bare"))
 
 
-def test_a_file_damaged_after_opening_is_shown_with_the_error(damaged: Path, plain) -> None:
-    with inside(damaged):
-        context.open_run("whole")
-        level = damaged / "whole" / "maps.zarr" / "block_mass" / "0"
-        chunk = max((path for path in level.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        data = bytearray(chunk.read_bytes())
-        data[len(data) // 2] ^= 0xFF
-        chunk.write_bytes(bytes(data))
-        text = "".join(plain(head.layout("whole", str(layer), str(number))) for layer in range(3) for number in range(4))
-    assert text.count("content is not what was written") == 1
+def test_a_file_damaged_after_opening_is_named_by_the_tile_that_needs_it(damaged: Path) -> None:
+    client = create_app(damaged).server.test_client()
+    address = "/api/run/whole/{}/{}/tile/mass/16/0/0"
+    assert client.get(address.format(0, 0), headers={"Host": "localhost"}).status_code == 200
+    level = damaged / "whole" / "maps.zarr" / "block_mass" / "0"
+    chunk = max((path for path in level.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    chunk.write_bytes(bytes(data))
+    fresh = create_app(damaged).server.test_client()
+    answers = [fresh.get(address.format(layer, number), headers={"Host": "localhost"}) for layer in range(3) for number in range(4)]
+    assert sum(b"content is not what was written" in answer.data for answer in answers) == 1
+    assert sum(answer.status_code == 200 for answer in answers) == 11
 
 
 @pytest.mark.parametrize(
@@ -99,17 +101,13 @@ def test_the_table_callback(request_context) -> None:
 
 def test_the_head_page_is_drawn_in_the_scheme_of_the_cookie(synthetic, plain) -> None:
     with inside(synthetic.path.parent, "dark"):
-        assert "#9aa5b5" in plain(head.layout("tiny", "1", "2"))
+        assert '"font":{"family":' in plain(head.layout("tiny", "1", "2", token="40"))
+        assert '"size":12,"color":"#9aa5b5"' in plain(head.layout("tiny", "1", "2", token="40"))
     with inside(synthetic.path.parent, "light"):
-        assert "#9aa5b5" not in plain(head.layout("tiny", "1", "2"))
+        assert '"size":12,"color":"#9aa5b5"' not in plain(head.layout("tiny", "1", "2", token="40"))
 
 
-def test_the_head_callbacks(request_context, synthetic) -> None:
-    figure, badge = head.update_map("max", "linear", True, [], -1, "light", "tiny", [2, 1])
-    z = untyped(figure["data"][0]["z"])
-    assert z[5, 4] == np.float32(synthetic.attention[2, 1, 80:96, 64:80].max())
-    assert np.isnan(z[:, 0]).all()
-    assert badge[0].children == ["block max"]
+def test_the_head_callbacks(request_context, synthetic, plain) -> None:
     lines = head.update_series(["entropy"], 5, "light", "tiny", [2, 1])
     assert lines["layout"]["shapes"][0]["x0"] == 5
     data, _ = head.update_strip("entropy", 1, "tiny", [2, 1])
@@ -117,18 +115,19 @@ def test_the_head_callbacks(request_context, synthetic) -> None:
     assert "token 7" in str(head.update_token(7, "tiny", [2, 1]))
     with pytest.raises(RunError, match="not among the runs"):
         head.update_token(7, "../tiny", [2, 1])
-    with pytest.raises(RunError, match="head -1"):
-        head.update_map("max", "linear", True, [], -1, "light", "tiny", [2, -1])
+    shown = plain(head.update_lines(77, 3, "light", "tiny", [2, 1]))
+    assert "Query 77" in shown
+    assert "Key 3" in shown
+    assert "block mass, 16 tokens" in shown
+    assert "Click the map" in plain(head.update_lines(-1, -1, "light", "tiny", [2, 1]))
+    assert "profile again" not in shown
 
 
-def test_zooming_sets_the_window_only_when_it_changed(request_context) -> None:
-    event = {"xaxis.range[0]": 10, "xaxis.range[1]": 50, "yaxis.range[0]": 90, "yaxis.range[1]": 20}
-    assert head.zoom(event, [], "tiny") == [20, 90, 10, 50]
-    assert head.zoom(event, [20, 90, 10, 50], "tiny") is dash.no_update
-    assert head.zoom({"autosize": True}, [], "tiny") is dash.no_update
-    assert head.zoom({"xaxis.autorange": True, "yaxis.autorange": True}, [20, 90, 10, 50], "tiny") == []
-    assert head.zoom({"xaxis.autorange": True}, [], "tiny") is dash.no_update
-    assert head.zoom(None, [], "tiny") is dash.no_update
+def test_pins_are_links_and_this_head_is_marked(request_context, plain) -> None:
+    text = plain(head.show_pinned("2.1,0.3,9.9,x", "tiny", [2, 1]))
+    assert "/run/tiny/head/0/3?pins=2.1%2C0.3" in text
+    assert "9.9" not in text
+    assert "head-here" in text
 
 
 def test_steps_stop_at_the_border(run) -> None:
@@ -149,8 +148,7 @@ def test_a_run_without_text_and_maps_says_how_to_get_them(synthetic, tmp_path: P
         assert "profile again with maps=True" in text
         assert "keeps no text" in text
         assert "keep_statistics=True" in plain(head.update_series(None, -1, "light", "lean", [0, 0]))
-        assert head.zoom({"xaxis.autorange": True}, [], "lean") is dash.no_update
-        assert head.update_map("mass", "log", False, [], -1, "light", "lean", [0, 0])[1] == []
+        assert "made without maps" in plain(head.update_lines(3, 3, "light", "lean", [0, 0]))
         assert "Strongest heads" in plain(heads.layout("lean"))
 
 
@@ -207,13 +205,20 @@ def test_no_response_of_a_large_run_reaches_two_megabytes(synthetic, tmp_path: P
             "table": len(plain(heads.fill_table("wide", "sink"))),
             "head": len(plain(head.layout("long", "0", "0"))),
             "series": len(plain(head.update_series(None, 5, "light", "long", [0, 0]))),
-            "zoomed": len(plain(head.update_map("mass", "log", False, [0, 65_536, 0, 65_536], -1, "light", "long", [0, 0]))),
+            "lines": len(plain(head.update_lines(100_000, 70_000, "light", "long", [0, 0]))),
+            "scatter": len(plain(heads.update_scatter("wide", "sink", "streaming", list(context.open_run("wide").roles), "dark"))),
+            "compare": len(plain(compare.layout("wide", "wide", metric="sink"))),
             "strip": len(plain(head.update_strip("entropy", 2, "long", [0, 0]))),
         }
-        zoomed = head.update_map("mass", "log", False, [0, 65_536, 0, 65_536], -1, "light", "long", [0, 0])[1]
         rows, _, note = heads.fill_table("wide", "metric_3")
     assert max(sizes.values()) < LIMIT, sizes
-    assert [tag.children[0] for tag in zoomed[1:3]] == ["128 \u00d7 128 tokens a cell", "level 1 of 8"]
+    client = create_app(tmp_path / "runs").server.test_client()
+    answers = [
+        client.get(f"/api/run/long/0/0/{what}", headers={"Host": "localhost"}) for what in ("tile/mass/128/3/2", "row/131071", "column/0")
+    ]
+    answers.append(client.get("/api/run/long/tokens/31", headers={"Host": "localhost"}))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert max(len(answer.data) for answer in answers) < LIMIT / 4
     assert len(rows) == 5120
     assert note.startswith("17 of 20 metrics, the chosen one first")
     assert rows[0]["m0"] == float(f"{table['metric_3'][0]:.4g}")

@@ -89,6 +89,22 @@ def calls(rows: int = 13) -> list[tuple[str, AttentionCall]]:
     ]
 
 
+def in_dtype(call: AttentionCall, dtype: torch.dtype, device: str) -> tuple[AttentionCall, AttentionCall]:
+    """The call rounded to a dtype on a device, and those very numbers in float64 on the CPU."""
+
+    def moved(value, to, where):
+        named = {slot: getattr(value, slot) for slot in value.__slots__}
+        tensors = {slot: one for slot, one in named.items() if isinstance(one, torch.Tensor)}
+        return replace(value, **{slot: one.to(where, to if one.is_floating_point() else one.dtype) for slot, one in tensors.items()})
+
+    def both(value, to, where):
+        facts = {name: fact.to(where) if isinstance(fact, torch.Tensor) else fact for name, fact in call.facts.items()}
+        return replace(moved(value, to, where), mask=moved(value.mask, to, where), facts=facts)
+
+    rounded = both(call, dtype, "cpu")
+    return both(rounded, dtype, device), both(rounded, torch.float64, "cpu")
+
+
 @dataclass(frozen=True)
 class Grab(Intervention):
     """Keeps the calls it meets."""

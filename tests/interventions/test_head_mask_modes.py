@@ -17,6 +17,7 @@ from ..core.tiny_models import bert, gemma2, gpt2, gpt_oss, ids, llama, make, mi
 from .edit_cases import Grab, calls
 
 WIDTH = 8
+LONG = ("causal", "one group", "left padding", "window", "two-sided window", "packed", "chunk", "bidirectional")
 HEADS = [(0, 1), (1, 3), (1, 0)]
 
 
@@ -104,6 +105,15 @@ def test_visible_mean_equals_its_dense_twin(case):
     want = naive_visible_mean(call)
     assert got.dtype == torch.float64
     torch.testing.assert_close(torch.where(seen, got, 0.0), torch.where(seen, want, 0.0), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [case for case in calls(rows=300) if case[0] in LONG], ids=lambda case: case[0])
+def test_running_sums_over_blocks_equal_the_dense_twin(case):
+    """More rows than are summed at once: blocks of 64, the last one cut."""
+    _, call = case
+    seen = naive_scores(call)[1].any(-1, keepdim=True)
+    want = torch.where(seen, naive_visible_mean(call), 0.0)
+    torch.testing.assert_close(torch.where(seen, visible_mean(call), 0.0), want, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

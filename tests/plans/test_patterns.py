@@ -98,7 +98,7 @@ def test_every_kind_is_registered_and_round_trips() -> None:
         with pytest.raises(PlanError, match="chosen per input"):
             pattern.visible(torch.arange(3), torch.arange(3))
         assert 0 < pattern.density(4096) <= 1
-    assert len(PATTERNS) == 11
+    assert len(PATTERNS) == 15
 
 
 def test_closed_forms() -> None:

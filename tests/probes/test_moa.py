@@ -14,7 +14,7 @@ from headscope.interventions import Intervention
 from headscope.models.planted import Induction, Previous, planted_llama
 from headscope.probes import Moa, ProbeText
 from headscope.probes.calls import each_call, weight_rows
-from headscope.probes.moa import _Traced, block_influence, edge_influence, influence, joined
+from headscope.probes.moa import Traced, block_influence, edge_influence, influence, joined
 
 N = 40
 
@@ -53,7 +53,7 @@ def loss_of(scope: Scope, ids: torch.Tensor) -> float:
 
 def traced(scope: Scope, ids: torch.Tensor):
     calls = {}
-    with torch.enable_grad(), scope.intervene(_Traced(calls, frozenset(module.name for module in scope.topology.main))):
+    with torch.enable_grad(), scope.intervene(Traced(calls, frozenset(module.name for module in scope.topology.main))):
         logits = scope.model(ids[None], use_cache=False).logits[0]
         loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:])
     return calls, dict(zip(calls, torch.autograd.grad(loss, [z for _, z in calls.values()]), strict=True))

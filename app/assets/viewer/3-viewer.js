@@ -75,7 +75,8 @@
       canvas.style.height = height + "px";
     }, this);
     var whole = !this.view ? !this.facts.window.length : this.isWhole();
-    this.box = { x: LEFT, y: TOP, w: Math.max(width - LEFT - RIGHT, 40), h: Math.max(height - TOP - BOTTOM, 40) };
+    var side = Math.max(Math.min(width - LEFT - RIGHT, height - TOP - BOTTOM), 40);  /* a square, so that what is under the pointer stays there */
+    this.box = { x: LEFT, y: TOP, w: side, h: side };
     this.fit(whole ? [] : window_, true);
   };
 

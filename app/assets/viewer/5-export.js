@@ -1,7 +1,7 @@
 /* The map as a file: PNG at three times the screen, SVG whose frame and words are vectors, JSON with the cells in sight. */
 (function () {
   "use strict";
-  var HS = window.headscope, paint = HS.paint, VECTOR = 4096;
+  var HS = window.headscope, paint = HS.paint, VECTOR = 10000;
 
   function caption(viewer) { return viewer.facts.title + " · " + viewer.words(0).join(" · "); }
 

@@ -42,6 +42,32 @@ def ablated(layers: Sequence[Any], heads: Sequence[Head], head_dim: int) -> Iter
             handle.remove()
 
 
+@contextmanager
+def streaming_but(layers: Sequence[Any], kept: Sequence[Head], group: int, mask: torch.Tensor) -> Iterator[None]:
+    """While active, every head sees what `mask` (bool [1, 1, N, N]) allows, but those of the key heads `kept` (layer, key head) see all.
+
+    `group`: query heads per key head. `layers`: modules with `self_attn`, in order, whose model is called with a mask of that shape.
+    """
+    causal = torch.ones_like(mask[0, 0]).tril()
+
+    def hook_of(numbers: list[int]) -> Callable[..., Any]:
+        def hook(module: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            wide = mask.expand(1, module.config.num_attention_heads, -1, -1).clone()
+            for number in numbers:
+                wide[:, number * group : (number + 1) * group] = causal
+            return inputs, given | {"attention_mask": wide.expand(given["hidden_states"].shape[0], -1, -1, -1)}
+
+        return hook
+
+    far = {layer: [number for where, number in kept if where == layer] for layer, _ in kept}
+    handles = [layers[layer].self_attn.register_forward_pre_hook(hook_of(numbers), with_kwargs=True) for layer, numbers in far.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def streaming_mask(length: int, sink: int, window: int, device: str | torch.device) -> torch.Tensor:
     """Bool [1, 1, N, N], True where a query may look: causal, and one of the first `sink` keys or of the last `window`."""
     queries = torch.arange(length, device=device)[:, None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from headscope.models.bundled import data_needle as data
-from headscope.models.bundled.ablation import Head, ablated, search, streaming_mask
+from headscope.models.bundled.ablation import Head, ablated, search, streaming_but, streaming_mask
 from headscope.models.bundled.card import heads_table, load, training_lines, write
 from headscope.models.bundled.training import generator, say, write_json
 
@@ -25,6 +26,7 @@ SEED = 4242
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SINK, WINDOW = 16, 256
 TRUTH_LENGTH = 1024
+DRAWS = 5
 
 
 @lru_cache(maxsize=8)
@@ -45,13 +47,14 @@ def right(
     alike: float = 0.0,
     heads: Sequence[Head] = (),
     stream: tuple[int, int] | None = None,
+    keep: Sequence[Head] = (),
     values_only: bool = False,
     size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(bool [count]: the whole answer is right, float [count]: depth of the needle) on held-out haystacks with one question each.
 
-    `kind`: "code" or "entry". `alike`: as in `data_needle.batch`. `stream`: (sink, window) for every head. `values_only`: the repeated key
-    need not be right.
+    `kind`: "code" or "entry". `alike`: as in `data_needle.batch`. `stream`: (sink, window) for every head, but not for the key heads `keep`
+    (layer, key head). `values_only`: the repeated key need not be right.
     Haystacks are drawn on the CPU one at a time from `seed`, so a smaller `count` is a prefix of a larger one on every machine.
     """
     hits, depths = [], []
@@ -59,7 +62,9 @@ def right(
     skip = (2 if kind == "code" else 3) if values_only else 0
     drawn = _drawn(kind, length, count, needles, seed, alike)
     size = size or max(1, 8192 // length)
-    with ablated(model.model.layers, heads, model.config.head_dim):
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    far = nullcontext() if mask is None else streaming_but(model.model.layers, keep, group, mask)
+    with ablated(model.model.layers, heads, model.config.head_dim), far:
         for start in range(0, count, size):
             part = drawn[start : start + size]
             ids = torch.cat([each.ids for each in part]).to(model.device)
@@ -132,11 +137,28 @@ def known_heads(model: Any, count: int) -> dict[str, Any]:
 
 
 def add_looking(model: Any, truth: dict[str, Any], count: int, task: Callable[[Sequence[Head]], float]) -> dict[str, Any]:
-    """Adds the retrieval heads (more than a tenth of their weight on the word to be copied), and the accuracy without all of them."""
+    """Adds the retrieval heads (more than a tenth of their weight on the word to be copied), and what the task loses without them.
+
+    `without_retrieval`: accuracy with all of them gone. `without_random`: with as many others gone, DRAWS times. `others_streaming`: by
+    length, the accuracy where only their key heads see all keys, and the whole model's.
+    """
     weight = looking(model, count)
     truth["retrieval"] = [[*pair, round(weight[tuple(pair)].item(), 3)] for pair in (weight > 0.1).nonzero().tolist()]
     truth["retrieval"].sort(key=lambda row: -row[2])
-    truth["without_retrieval"] = round(task([(layer, head) for layer, head, _ in truth["retrieval"]]), 4)
+    known = [(layer, head) for layer, head, _ in truth["retrieval"]]
+    truth["without_retrieval"] = round(task(known), 4)
+    others = [tuple(pair) for pair in (weight > -1).nonzero().tolist() if tuple(pair) not in known]
+    draws = [torch.randperm(len(others), generator=generator(SEED + draw, "cpu"))[: len(known)].tolist() for draw in range(DRAWS)]
+    truth["without_random"] = [round(task([others[place] for place in draw]), 4) for draw in draws]
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    keep = sorted({(layer, head // group) for layer, head in known})
+    truth["others_streaming"] = {}
+    for length in (1024, 8192):
+        pair = [
+            sum(accuracy(model, kind, length, count, values_only=True, **options) for kind in ("code", "entry")) / 2
+            for options in ({"stream": (SINK, WINDOW), "keep": keep}, {})
+        ]
+        truth["others_streaming"][str(length)] = [round(value, 4) for value in pair]
     return truth
 
 
@@ -178,6 +200,8 @@ def card(where: Path) -> None:
     shape += f" of width {config['head_dim']}"
     needed = ", ".join(f"{a}.{b}" for a, b in truth["needed"]) or "none alone"
     retrieval = ", ".join(f"{layer}.{head} ({value:.2f})" for layer, head, value in truth["retrieval"])
+    random = ", ".join(f"{value:.3f}" for value in truth["without_random"])
+    kept = "; ".join(f"{few:.3f} at {length} (all keys {full:.3f})" for length, (few, full) in truth["others_streaming"].items())
     near = [f"{kind} {found[f'{kind}_alike_1024']:.3f}" for kind in ("code", "entry")]
     many = [f"{kind} {found[f'{kind}_32_needles_8192']:.3f}" for kind in ("code", "entry")]
     body = f"""
@@ -213,7 +237,8 @@ So it needs distant keys.
 Heads without which more than half of the answers are lost: {needed}.
 
 Retrieval heads, which put more than a tenth of their weight on the word of the needle that comes next (mean weight): {retrieval}.
-They stand in for each other: accuracy without all of them is {truth["without_retrieval"]:.3f}.
+Accuracy without all of them: {truth["without_retrieval"]:.3f}; without as many of the other heads, drawn at random: {random}.
+With all keys for their key heads alone and the others streaming (sink {SINK}, window {WINDOW}): {kept}.
 
 {training_lines(where, "train_needle")}"""
     write(where, "needle", body)

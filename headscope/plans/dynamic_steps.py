@@ -1,0 +1,57 @@
+"""HeldBlocks: tiles chosen once in a denoising run and kept to its end (SparseD)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headscope.errors import PlanError, refusal
+from headscope.plans.patterns import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeldBlocks(Pattern):
+    """Over the steps of a diffusion model: dense for the first `dense` of `steps` steps, and at the last of these the tiles of `block` keys
+    that hold most of A are chosen, per row tile; later steps compute those and no others (SparseD, arXiv:2509.24014).
+
+    Of n key tiles, int(n * share) + 1 are kept, of the prompt's tiles and of those that are generated apart where a model attends to both.
+    Not causal: a row tile sees tiles on both sides. `kept` counts entries of the full square, averaged over the steps.
+    """
+
+    share: float
+    steps: int
+    dense: int
+    block: int = 32
+    kind = "held_blocks"
+    static = False
+
+    def check(self) -> None:
+        self._whole(1, "steps", "block", "dense")
+        if not 0 < self.share <= 1:
+            raise refusal(PlanError, f"{self.kind} with share={self.share!r}", "it is a part of the tiles", "use 0 < share <= 1")
+        if self.dense > self.steps:
+            raise refusal(PlanError, f"{self.kind} with dense={self.dense}", f"a run has steps={self.steps}", "use dense <= steps")
+
+    def tiles(self, count: int) -> int:
+        """How many of `count` tiles a row keeps."""
+        return min(count, int(count * self.share + 1e-9) + 1)
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """PlanError: it depends on the input."""
+        raise refusal(
+            PlanError, f"the mask of {self}", "its tiles are chosen per input, while the model runs", "run it: scope.execute(plan)"
+        )
+
+    def density(self, length: int) -> float:
+        """Kept share of all entries, averaged over the steps."""
+        count = -(-length // self.block)
+        return (self.dense + (self.steps - self.dense) * self.tiles(count) / count) / self.steps
+
+    def kept(self, length: int) -> float:
+        return self.density(length) * length * length
+
+    def cached(self, length: int) -> float:
+        return length

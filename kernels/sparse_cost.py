@@ -1,0 +1,80 @@
+"""What a sparse prefill costs against the model's own dense kernel, before it is run.
+
+Both costs are counted in tiles of 128 x 128 of the dense kernel: a sparse kernel pays so much for every tile it visits, for every tile of
+rows (its queries, its output, a pipeline that starts), and once for the call. The three were fitted to times of the benchmark
+(`headscope bench prefill`) and are kept by compute capability and Triton version, never by a card's name. A rule that says "sparse" where
+dense is faster costs time, one that says "dense" too early costs the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from headscope.kernels.sparse_states import SIDE
+
+if TYPE_CHECKING:
+    from headscope.call import AttentionCall
+    from headscope.kernels.sparse_lists import TileLists
+    from headscope.plans import Pattern
+
+
+class Cost(NamedTuple):
+    """Cost per tile, per tile of rows, and per call and processor, in tiles of the dense kernel."""
+
+    tile: float
+    row: float
+    call: float
+
+
+class _Row(NamedTuple):
+    backend: str
+    capability: tuple[int, int]
+    triton: tuple[int, int]
+    cost: Cost
+
+
+_TABLE = (
+    _Row("gluon", (9, 0), (3, 6), Cost(0.95, 1.5, 4.0)),
+    _Row("triton", (9, 0), (3, 4), Cost(1.8, 1.5, 4.0)),
+    _Row("triton", (0, 0), (3, 0), Cost(1.2, 1.5, 4.0)),
+)
+
+
+def cost_of(backend: str, device: torch.device) -> Cost:
+    """The first line of the table that fits a device."""
+    from headscope.kernels.triton_launch import triton_version
+
+    capability, version = torch.cuda.get_device_capability(device), triton_version()
+    for row in _TABLE:
+        if row.backend == backend and capability >= row.capability and version >= row.triton:
+            return row.cost
+    return _TABLE[-1].cost
+
+
+def shares(call: AttentionCall, patterns: Sequence[Pattern], lists: TileLists | None) -> tuple[float, float, float]:
+    """(tiles that a sparse kernel visits, tiles of rows, tiles that a dense kernel visits) over all heads of one sequence.
+
+    `lists`: those of a static plan; a dynamic one is counted by what its patterns expect to keep.
+    """
+    rows, heads = call.q.shape[2], call.q.shape[1]
+    begin, end = call.query_offset, call.query_offset + rows
+    strips = heads * (-(-end // SIDE) - begin // SIDE)
+    dense = sum(-(-min(end, top + SIDE) // SIDE) for top in range(begin - begin % SIDE, end, SIDE)) * float(heads)
+    if lists is not None and lists.visits is not None:
+        return lists.visits / call.q.shape[0], strips, dense
+    kept = sum(pattern.kept(end) - (pattern.kept(begin) if begin else 0.0) for pattern in patterns)
+    whole = heads * (end * (end + 1) - begin * (begin + 1)) / 2
+    return dense * kept / whole + strips / 2, strips, dense
+
+
+def slower(call: AttentionCall, patterns: Sequence[Pattern], backend: str, lists: TileLists | None, processors: int) -> str:
+    """ "" when the sparse kernel is expected to be faster than a dense one, or by how much it is not."""
+    visits, strips, dense = shares(call, patterns, lists)
+    cost, batch = cost_of(backend, call.q.device), call.q.shape[0]
+    ratio = (batch * (cost.tile * visits + cost.row * strips) + cost.call * processors) / (batch * dense)
+    if ratio < 1:
+        return ""
+    return f"{visits / dense:.0%} of the tiles at {call.q.shape[2]} rows would take {ratio:.2f} of the dense kernel's time"
