@@ -46,6 +46,7 @@ def install(server: flask.Flask) -> None:
     server.add_url_rule(f"{head}/row/<int:query>", "hs_row", row)
     server.add_url_rule(f"{head}/column/<int:key>", "hs_column", column)
     server.add_url_rule("/api/run/<run>/tokens/<int:page>", "hs_tokens", tokens)
+    server.add_url_rule("/api/run/<run>/facts", "hs_facts", facts)
     server.register_error_handler(HeadscopeError, refused)
 
 
@@ -120,6 +121,23 @@ def plan_tile(run: str, layer: int, head: int, plan: str, block: int, i: int, j:
             return pack(tiles.encode(overlay.kept_share(pattern, shape, block, i, j), tiles.SHARE))
 
     return cached(found, f"{layer}.{head}.plan.{plan}.{stamp:x}.{block}.{i}.{j}", make, "application/octet-stream", lasting=False)
+
+
+def facts(run: str) -> flask.typing.ResponseReturnValue:
+    """What a program must know to ask for tiles: tokens, tile, the blocks of the kept layers (or of any), and the heads of those."""
+    found = context.open_run(run)
+    layer = found.kept_layers[0] if found.kept_layers else found.layers[0]
+    shape = tiles.geometry(found, layer)
+    places = [place for place in found.reasons if place[0] in (found.kept_layers or found.layers)]
+    return flask.jsonify(
+        tokens=shape.tokens,
+        tile=shape.tile,
+        causal=shape.causal,
+        exact=shape.exact,
+        stored=shape.stored,
+        version=found.version,
+        heads=places,
+    )
 
 
 def tokens(run: str, page: int) -> flask.typing.ResponseReturnValue:

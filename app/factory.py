@@ -12,7 +12,7 @@ from pathlib import Path
 import dash
 import flask
 
-from headscope.app import api, context, upload_routes
+from headscope.app import api, compress, context, upload_routes
 from headscope.app import pictures as picture_routes
 from headscope.app.components import shell
 from headscope.app.live import access
@@ -66,6 +66,7 @@ def create_app(path: str | Path, *, token: str | None = None, model: ModelOwner 
     api.install(app.server)
     picture_routes.install(app.server)
     upload_routes.install(app.server)
+    compress.install(app.server)
     access.bind(app.server, model)
     protect(app.server, token)
     app.server.before_request(_to_the_only_run)

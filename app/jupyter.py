@@ -26,8 +26,8 @@ def dashboard(path: str | Path, *, mode: Mode = "inline", height: int = 900, por
 
     `mode` "inline" draws it in the cell's output, `height` pixels high; "tab" opens a browser tab; "external" only prints the address.
     `port` 0 takes a free one. `model`: a Scope, or what `headscope.load` takes, for the live page; while a job of that page runs, do
-    not run the model in a cell. Outside a notebook "inline" opens a tab. The address is one of this machine: where the kernel runs elsewhere,
-    forward the port. Raises RunError when `path` is not there, UnavailableError when the port is taken.
+    not run the model in a cell. Outside a notebook "inline" opens a tab. The address is one of this machine: where the kernel runs
+    elsewhere, forward the port. Raises RunError when `path` is not there, UnavailableError when the port is taken.
     """
     address = _start(path, port, model)
     if mode == "inline" and _in_notebook():

@@ -64,6 +64,9 @@ class Run:
         self.heads = self._store.heads_per_layer
         self.reasons = _reasons(self.table)
         self._place = {layer: index for index, layer in enumerate(self.layers)}
+        self._grids: dict[str, np.ndarray] = {}
+        self.partners: dict[str, str] = {}
+        """Metric -> the one shown against it at first, once somebody has asked."""
         self.path = path
         card = path / "card.json"
         self.version = f"{card.stat().st_mtime_ns:x}"
@@ -80,9 +83,14 @@ class Run:
         return (layer, head) in self.reasons
 
     def grid(self, metric: str) -> np.ndarray:
-        """A metric as [layers, heads] float64, NaN where a layer has fewer heads."""
+        """A metric as [layers, heads] float64, NaN where a layer has fewer heads; read-only."""
+        known = self._grids.get(metric)
+        if known is not None:
+            return known
         out = np.full((len(self.layers), self.heads), np.nan)
         out[self.table["layer"].map(self._place).to_numpy(), self.table["head"].to_numpy()] = self.table[metric].to_numpy(dtype=np.float64)
+        out.flags.writeable = False
+        self._grids[metric] = out
         return out
 
     @cached_property

@@ -90,5 +90,5 @@ def owner_of(model: Scope | str | None) -> ModelOwner | None:
     if isinstance(model, str):
         from headscope.models import load
 
-        return ModelOwner(lambda: load(model), name=model)
+        return ModelOwner(load=lambda: load(model), name=model)
     return ModelOwner(model)

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -28,6 +29,8 @@ MOST_FILES = 20_000
 MOST_RATIO = 200
 """Times that a file of more than a megabyte may grow."""
 PIECE = 1 << 20
+WORK = ".upload-"
+OLD_SECONDS = 6 * 3600
 _WHOLE = {CARD, HEADS, STATISTICS, TOKENS, *PICTURES}
 _TABLE = re.compile(rf"{TABLES}/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,80}}\.parquet")
 _ZARR = re.compile(rf"(?:{re.escape(MAPS)}|{re.escape(KEPT)})(?:/[A-Za-z0-9_]{{1,32}}){{0,3}}/(?:zarr\.json|c(?:\.\d{{1,9}}){{0,6}})")
@@ -54,7 +57,8 @@ def receive(stream: IO[bytes], root: Path, name: str, most: int = MOST_BYTES) ->
     """
     if not _NAME.fullmatch(name):
         raise refusal(RunError, f"run name {name[:80]!r}", "it may have letters, digits, '.', '_' and '-'", "rename it")
-    work = root / f".upload-{secrets.token_hex(8)}"
+    work = root / f"{WORK}{secrets.token_hex(8)}"
+    _clear_old(root)
     try:
         work.mkdir()
         archive = work / "archive.zip"
@@ -70,6 +74,14 @@ def receive(stream: IO[bytes], root: Path, name: str, most: int = MOST_BYTES) ->
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear_old(root: Path) -> None:
+    """What a server that was killed in the middle of an upload left behind."""
+    for left in root.glob(f"{WORK}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > OLD_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _save(stream: IO[bytes], path: Path, most: int) -> None:

@@ -389,8 +389,8 @@ class Scope:
         `run.reasons` why calls were left to the model's own kernel.
 
         Prefill, chunks, padded batches and decode steps with a KV cache alike; the model is as before when the block ends. With
-        `cache="free"` every `scope.generate` in the block uses a cache that drops what no head of a group may see any more (`run.cache.bytes`
-        is what it holds; a direct call of the model takes `past_key_values=run.new_cache()`); the tokens are the same.
+        `cache="free"` every `scope.generate` in the block uses a cache that drops what no head of a group may see any more; the tokens are
+        the same. `run.cache.bytes` is what it holds; a direct call of the model takes `past_key_values=run.new_cache()`.
 
         On a GPU a call that dense attention would finish sooner is left to the model, which then sees every key; `fallback=False` runs the
         plan there too, for results that depend on no device. Raises PlanError for a plan of another model (`force` lets other weights of

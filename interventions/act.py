@@ -42,11 +42,11 @@ NOT_FIRST = "others_not_first"
 @dataclass(slots=True, eq=False)
 class Received:
     """Attention received so far in one layer, by absolute position: `sums` [B, h, P], `rows` [B, P] how many rows could give it, `real`
-    [B, P]."""
+    [B, P] what is no padding, None: everything."""
 
     sums: Tensor
     rows: Tensor
-    real: Tensor
+    real: Tensor | None
 
     @property
     def end(self) -> int:
@@ -110,9 +110,8 @@ class ACT(HeadEdit):
         if rows is None:
             return output
         sinks = self.sinks(received, call)
-        first = key_set(call, "first", None)
         if isinstance(self.target, str) and self.target in (OTHERS, NOT_FIRST):
-            spared = first if self.target == NOT_FIRST else None
+            spared = key_set(call, "first", None) if self.target == NOT_FIRST else None
             return redistribute(call, output, heads, sinks, keep=float(self.beta), rows=rows, spare=spared)
         target = key_set(call, self.target, self.bound.image_token)[:, None] & ~sinks
         return redistribute(call, output, heads, sinks, target, keep=float(self.beta), rows=rows, apart=True)
@@ -120,12 +119,17 @@ class ACT(HeadEdit):
     def sinks(self, received: Received, call: AttentionCall) -> Tensor:
         """Bool [B, h, Nk]: the call's keys that are sinks of each head."""
         mean = received.sums / received.rows.clamp_min(1)[:, None]
+        span = slice(call.key_offset, call.key_offset + call.k.shape[2])
+        if received.real is None:
+            found = mean > (self.alpha / received.end if self.threshold is None else self.threshold)
+            found[:, :, 0] = False
+            return found[:, :, span]
         length = received.real.sum(1).clamp_min(1)[:, None, None]
         limit = torch.full_like(mean, self.threshold) if self.threshold is not None else self.alpha / length.to(mean.dtype)
         first = received.real.int().argmax(1, keepdim=True)
         spared = torch.arange(received.end, device=first.device) == first  # no assignment of a number, which would wait for the device
         found = (mean > limit) & (received.real & ~spared)[:, None]
-        return found[:, :, call.key_offset : call.key_offset + call.k.shape[2]]
+        return found[:, :, span]
 
     def _received(self, call: AttentionCall, heads: list[int]) -> Received:
         """The layer's sums, with this call's rows added."""
@@ -146,14 +150,14 @@ class ACT(HeadEdit):
             )
         sums = part.columns["column_sum"]
         around = (call.key_offset, end - call.key_offset - call.k.shape[2])
-        more = torch.nn.functional.pad(sums, around)
-        counts = torch.nn.functional.pad(part.counts["row_count"], around)
-        valid = call.mask.query_valid
-        real = torch.ones(batch, rows, dtype=torch.bool, device=sums.device) if valid is None else valid
+        counts = part.counts["row_count"]
+        more, counts = (torch.nn.functional.pad(one, around) if any(around) else one for one in (sums, counts))
+        real = call.mask.query_valid
         if known is not None:
-            more[:, :, :start] += known.sums
-            counts[:, :start] += known.rows
-            real = torch.cat([known.real, real], 1)
+            more = more + torch.nn.functional.pad(known.sums, (0, rows))
+            counts = counts + torch.nn.functional.pad(known.rows, (0, rows))
+            if real is not None or known.real is not None:
+                real = torch.cat([_whole(known.real, counts, slice(0, start)), _whole(real, counts, slice(start, end))], 1)
         self.bound.state[call.module] = Received(more, counts, real)
         found: Received = self.bound.state[call.module]
         return found
@@ -207,6 +211,11 @@ class ACT(HeadEdit):
     def cost(self) -> str:
         """In words."""
         return "one pass of the statistics kernel over these heads for lse and column sums, and sums over the sinks, O(N |S| d)"
+
+
+def _whole(real: Tensor | None, like: Tensor, span: slice) -> Tensor:
+    """[B, n] bool of a span of positions; all of them where nothing is padding."""
+    return torch.ones_like(like[:, span], dtype=torch.bool) if real is None else real
 
 
 __all__ = ["ACT", "NOT_FIRST", "Received"]

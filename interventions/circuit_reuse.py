@@ -79,8 +79,9 @@ class CircuitReuse(HeadEdit):
         local = (index - call.key_offset).clamp(0, call.k.shape[2] - 1)
         valid = call.mask.key_valid
         hidden = torch.zeros_like(outside) if valid is None else ~valid.gather(1, local)
-        if bool((outside | late | hidden).any()):
-            b, place = (outside | late | hidden).nonzero()[0].tolist()
+        wrong = (outside | late | hidden) & edited.expand(len(index), -1).any(1, keepdim=True)
+        if bool(wrong.any()):
+            b, place = wrong.nonzero()[0].tolist()
             key = self.table[b % len(self.table)][place]
             raise refusal(
                 InterventionError,

@@ -101,35 +101,27 @@ def _fused(
     fold: Fold, output: Tensor, heads: list[int], sets: _Sets, keep: float, rows: Rows, gate: Tensor | Gate | None, limit: float
 ) -> Tensor:
     """By the fold kernels: masses, factors, and the output anew. Nothing waits for the device."""
-    from headscope.kernels.triton_partial import direct_masses, listed, masses, shifted
+    from headscope.kernels.triton_partial import direct_masses, factors, listed, masses, shifted
 
     sub, lse = fold.sub(heads), fold.lse(heads)
     other = sets.left if sets.target is None else sets.target
     parts = [one for one in (sets.source, other, sets.watched) if one is not None]
-    shape = torch.broadcast_shapes(*(one.shape for one in parts))
-    codes = torch.zeros(shape, dtype=torch.int8, device=output.device)
-    for bit, one in enumerate(parts):
-        codes += one.to(torch.int8) << bit
+    codes = parts[0].contiguous().view(torch.int8)
+    for bit, one in enumerate(parts[1:], start=1):
+        codes = codes | one.view(torch.int8) << bit
     keys = listed(codes)
     found = masses(sub, lse, codes, len(parts), keys)
-    m_s, m_o = found[0], None if other is None else found[1]
-    weak = torch.zeros(m_s.shape, dtype=torch.bool, device=m_s.device)
+    m_s, m_t = found[0], found[1] if sets.target is not None else fold.total(heads) - found[0]
     if sets.target is None:
-        m_t = fold.total(heads) - m_s if m_o is None else fold.total(heads) - m_s - m_o
+        m_t = m_t if other is None else m_t - found[1]
         weak = m_t < limit
-        m_t = direct_masses(sub, lse, sets.rest.to(torch.int8), m_t, weak)
+        m_t = direct_masses(sub, lse, sets.rest.view(torch.int8), m_t, weak)
     else:
-        assert m_o is not None
-        m_t = m_o
-    counts, gain = _gain(m_s, m_t, None if sets.watched is None else found[-1], keep, gate)
-    edited = counts if rows is True else counts & rows[:, None]
-    grown = 1.0 + gain
-    base = grown if sets.target is None else torch.ones_like(gain)
-    kept = torch.where(counts, torch.full_like(m_s, keep), torch.ones_like(m_s))
-    factors = (kept,) if other is None else (kept, grown if sets.target is not None else torch.ones_like(gain))
-    base = torch.where(edited, base, torch.full_like(base, torch.nan))
-    index = head_index(tuple(heads), output.device)
-    new = shifted(sub, lse, output, index, base, factors, weak, codes, keys)
+        weak = None
+    chosen = gate(m_t, found[-1]) if callable(gate) else gate
+    base, kept, grown = factors(m_s, m_t, keep, chosen, None if rows is True else rows, sets.target is None)
+    second = () if other is None else (grown if sets.target is not None else torch.ones_like(grown),)
+    new = shifted(sub, lse, output, head_index(tuple(heads), output.device), base, (kept, *second), weak, codes, keys)
     fold.push(heads, table_stage([(sets.source, kept), (sets.rest, grown)], rows))
     return new
 
@@ -193,6 +185,8 @@ def set_rows(call: AttentionCall, output: Tensor, heads: list[int], keys: Tensor
     """
     assert call.v is not None
     index = keys.to(call.q.device) - call.key_offset
+    if rows is not True and not bool(rows.any()):
+        return output
     if bool((index < 0).any()) or bool((index >= call.k.shape[2]).any()):
         raise refusal(
             InterventionError,

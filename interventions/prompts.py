@@ -6,13 +6,13 @@ much. The silent failure this avoids is a picture's head selection acting, witho
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headscope.errors import InterventionError, refusal
-from headscope.profile.journal import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,12 @@ def one_of(inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
 
 
 def prompt_digest(ids: Tensor, real: Tensor) -> str:
-    """One name for the real ids of a batch."""
-    return digest([row[kept].tolist() for row, kept in zip(ids.cpu(), real.cpu(), strict=True)])
+    """One name for the real ids of a batch: SHA-256 of each sequence's length and ids."""
+    found = hashlib.sha256()
+    for row, kept in zip(ids.cpu().to(torch.int64), real.cpu(), strict=True):
+        own = row[kept].contiguous()
+        found.update(len(own).to_bytes(8, "little") + own.numpy().tobytes())
+    return found.hexdigest()
 
 
 def starts(call: AttentionCall) -> Tensor:

@@ -114,10 +114,10 @@ class SoftPAG(HeadEdit):
         if rows is None or self.stream == "all":
             return rows
         image = self._image(call, "query")
-        if bool(image.all()):
+        if not image.is_cuda and bool(image.all()):
             return rows
         mask = image if rows is True else rows & image
-        return mask if bool(mask.any()) else None
+        return mask if mask.is_cuda or bool(mask.any()) else None
 
     def _image(self, call: AttentionCall, side: Literal["query", "key"]) -> Tensor:
         """Bool [1 or B, N] of image tokens. InterventionError where a call does not say."""

@@ -184,11 +184,12 @@ class VHR(HeadEdit):
         mine = torch.arange(first, first + count, device=output.device)[None] >= last[:, None]
         if rows is not True:
             mine = mine & rows
-        factor = output.new_ones(batch, count, output.shape[2])
-        factor[:, :, head_index(tuple(heads), output.device)] = torch.where(mine[:, :, None] & chosen[:, None], float(self.alpha), 1.0).to(
-            output.dtype
-        )
-        return output * factor[..., None]
+        louder = output.new_ones(batch, count, len(heads)).masked_fill(mine[:, :, None] & chosen[:, None], float(self.alpha))
+        if len(heads) < output.shape[2] or heads != sorted(heads):
+            factor = output.new_ones(batch, count, output.shape[2])
+            factor[:, :, head_index(tuple(heads), output.device)] = louder
+            louder = factor
+        return output * louder[..., None]
 
     def _ends(self, call: AttentionCall) -> tuple[list[int], Tensor]:
         """Where each prompt ends, [B] absolute positions, here and on the call's device. Asked once a pass: looking at where padding ends
@@ -218,12 +219,13 @@ class VHR(HeadEdit):
 
     def choice(self, seen: Tensor, unseen: Tensor) -> Tensor:
         """Bool [B, h]: the heads of one layer to reinforce, from their outputs [B, h, Dv] with the picture and without."""
-        from headscope.probes import vhd
+        from headscope.probes.vhd import distance
 
-        apart = vhd.distance(seen, unseen, self.distance)
+        apart = distance(seen, unseen, self.distance)
         if self.outliers:
-            apart = vhd.without_outliers(apart, unseen.square().sum(-1))
-        return vhd.chosen(apart)
+            apart = apart.masked_fill(_high(apart) & _high(unseen.square().sum(-1)), 0.0)
+        ordered, count = apart.sort(-1).values, apart.shape[-1]
+        return apart > (ordered[..., (count - 1) // 2] + ordered[..., count // 2])[..., None] / 2
 
     def what(self) -> str:
         """In words."""
@@ -233,6 +235,12 @@ class VHR(HeadEdit):
     def cost(self) -> str:
         """In words."""
         return "one run without the picture beforehand; a copy of the heads' outputs, O(N d)"
+
+
+def _high(values: Tensor) -> Tensor:
+    """Above mean and (population) standard deviation of the layer, [B, h]."""
+    spread, mean = torch.std_mean(values, -1, correction=0, keepdim=True)
+    return values > mean + spread
 
 
 def paper_layers(count: int) -> set[int]:

@@ -160,6 +160,8 @@ def rows_of(
     elif isinstance(positions, str):
         mask = token_class(call, positions, image, "query")
     elif positions is not None:
+        if not _reached(positions, call.query_offset, count):
+            return None
         mask = at_positions(positions, torch.arange(count, device=call.q.device) + call.query_offset, batch)
     if branches is not None:
         of_rows = call.facts.get("branches")
@@ -170,11 +172,22 @@ def rows_of(
                 f"{call.module} does not say which branch its rows are",
                 "set scope.host.guidance",
             )
+        if not any(one in branches for one in of_rows):
+            return None
         mine = torch.tensor([one in branches for one in of_rows], device=call.q.device)[:, None]
         mask = mine.expand(batch, count) if mask is None else mask & mine
     if mask is None:
         return True
-    return mask if bool(mask.any()) else None
+    return mask if mask.is_cuda or bool(mask.any()) else None  # asking a device for one bit waits for all that is queued on it
+
+
+def _reached(positions: Any, first: int, count: int) -> bool:
+    """Whether a slice, a tuple or a mask names any of the positions first .. first + count - 1."""
+    if isinstance(positions, slice):
+        return (positions.start or 0) < first + count and (positions.stop is None or positions.stop > first)
+    if isinstance(positions, tuple):
+        return any(first <= one < first + count for one in positions)
+    return bool(positions.tensor[..., first : first + count].any())
 
 
 def _last(call: AttentionCall) -> Tensor:

@@ -131,9 +131,10 @@ def antidiagonal(call: AttentionCall, heads: Tensor, stride: int) -> Tensor:
     bn = max(bn, per)
     tma = DESCRIPTORS and describable(q, k) and not INTERPRETED
     sums_kernel[(cdiv(rows, bm), cdiv(columns, bn), batch * many)](
-        *((_described(q, stride, bm), _described(k, stride, bn)) if tma else (q, k)), heads, sums, *q.stride()[:3], *k.stride()[:3], call.scale / stride * LOG2E, many, call.group,
-        rows, columns, call.query_offset // stride, tiles, S=stride, D=q.shape[3], DP=padded(q.shape[3]), PER=per, BM=bm, BN=bn, TMA=tma,
-        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, num_warps=warps, num_stages=stages,
+        *((_described(q, stride, bm), _described(k, stride, bn)) if tma else (q, k)), heads, sums, *q.stride()[:3], *k.stride()[:3],
+        call.scale / stride * LOG2E, many, call.group, rows, columns, call.query_offset // stride, tiles, S=stride, D=q.shape[3],
+        DP=padded(q.shape[3]), PER=per, BM=bm, BN=bn, TMA=tma, UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     mass = torch.empty(batch, many, rows // per, tiles, dtype=torch.float32, device=q.device)
     masses_kernel[(rows // per, batch * many)](

@@ -63,8 +63,8 @@ def _fold(b_q, b_m, b_l, b_o, k, v, base_k, base_v, slot, real, seen, stride_kn,
 
 @triton.jit
 def decode_parts(q, k, v, o, l, base_k, base_v, places, rules, lengths, starts, work, slots, bits, counts, valid,  # noqa: E741
-                 stride_qb, stride_qh, stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_rb, stride_list, stride_valid,
-                 n_rows, kv_heads, model_window, scale2, slope, cap2,
+                 stride_qb, stride_qh, stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_rb, stride_list,
+                 stride_valid, n_rows, kv_heads, model_window, scale2, slope, cap2,
                  GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
                  DVP: tl.constexpr, BN: tl.constexpr, LB: tl.constexpr, LIST: tl.constexpr, RANGES: tl.constexpr, RING: tl.constexpr,
                  VALID: tl.constexpr, ALIGNED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, CHAINED: tl.constexpr):

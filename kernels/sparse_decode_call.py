@@ -1,8 +1,8 @@
 """Decoding an AttentionCall with the split-KV kernels: from patterns to the rules and lists that they read.
 
 Dense, streaming and span heads become rules, whose tables are on the device once and for all; so do choices that were made once ("these
-keys, and all since"). Every other static pattern becomes a list of the keys that its one row sees. Dynamic patterns choose their keys before
-(`headscope.plans.execute_decode`).
+keys, and all since"). Every other static pattern becomes a list of the keys that its one row sees. Dynamic patterns choose their keys
+before (`headscope.plans.execute_decode`).
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def rules_and_lists(call: AttentionCall, patterns: tuple[Pattern, ...]) -> tuple
     if call.first_token is None:
         rules = _rules(patterns, length, -call.key_offset, device)
     else:
-        rules = _rules(tuple(Dense() if isinstance(one, Span) else one for one in patterns), length, 0, device).repeat(call.q.shape[0], 1, 1)
+        rules = _rules(tuple(Dense() if isinstance(one, Span) else one for one in patterns), length, 0, device).repeat(
+            call.q.shape[0], 1, 1
+        )
         start = (call.first_token - call.key_offset).to(device=device, dtype=torch.int32)
         counted = torch.tensor([isinstance(one, Chosen) for one in patterns], device=device)
         rules[:, :, 2] += torch.where(counted, start[:, None], 0)
@@ -134,7 +136,9 @@ def rules_and_lists(call: AttentionCall, patterns: tuple[Pattern, ...]) -> tuple
             if isinstance(one, Span):
                 seen = (length - call.first_token.to(device)).double()
                 window = (one.alpha + one.beta * seen).floor().minimum(seen).clamp(min=1)
-                rules[:, head] = torch.stack([torch.full_like(window, one.sink), window, torch.full_like(window, NEVER)], -1).to(torch.int32)
+                rules[:, head] = torch.stack([torch.full_like(window, one.sink), window, torch.full_like(window, NEVER)], -1).to(
+                    torch.int32
+                )
     if all(_is_range(one) for one in patterns):
         return rules, None
     starts = [0] if call.first_token is None else [int(one) for one in call.first_token]

@@ -53,9 +53,11 @@ class Places:
     def of(cls, k: Tensor, v: Tensor) -> Places:
         """Of a plain cache: k [B, Hkv, N, D], v [B, Hkv, N, Dv] with any strides; position p lies at index p."""
         batch, heads = k.shape[:2]
-        bases = [_bases(x.device, batch, heads, x.stride(0), x.stride(1)) for x in (k, v)]
+        base_k, base_v = (_bases(x.device, batch, heads, x.stride(0), x.stride(1)) for x in (k, v))
         aligned = all(step % 16 == 0 for x in (k, v) for step in x.stride()[:2])
-        return cls(k, v, *bases, (k.stride(2), k.stride(3)), (v.stride(2), v.stride(3)), _plain_table(k.device, heads), False, aligned)
+        return cls(
+            k, v, base_k, base_v, (k.stride(2), k.stride(3)), (v.stride(2), v.stride(3)), _plain_table(k.device, heads), False, aligned
+        )
 
     @property
     def batch(self) -> int:
@@ -118,7 +120,8 @@ def _cut(keys: tuple[int, ...], batch: int, device: torch.device, per_processor:
         spans.append((first, count))
         first += count
     return DecodeWork(
-        torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True), torch.tensor(spans, dtype=torch.int32).to(device, non_blocking=True)
+        torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
+        torch.tensor(spans, dtype=torch.int32).to(device, non_blocking=True),
     )
 
 
@@ -282,8 +285,12 @@ def _starts(device: torch.device, batch: int) -> Tensor:
 
 
 def launch_for(width: int, size: int, listed: bool) -> tuple[int, int, int]:
-    """(keys of a tile, warps, stages): about 64 KiB of keys and values in flight a program, two programs a processor."""
+    """(keys of a tile, warps, stages): about 64 KiB of keys and values in flight a program, two programs a processor; with lists, whose
+    numbers are read first, smaller tiles and more stages.
+    """
     row = padded(width) * size
+    if listed and row <= 256:
+        return 32, 4, 6
     if row <= 128:
         return 128, 4, 3
     if row <= 256:

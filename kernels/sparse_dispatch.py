@@ -1,8 +1,8 @@
 """The one place that chooses how attention under a sparse plan is computed.
 
-Gluon kernels on Hopper, plain Triton on other CUDA devices, `sparse_blocked` on a CPU and for the calls that the kernels do not take. The
-choice is by what a kernel says it supports, never by a try and a fallback, and a backend asked for by name that cannot run a call is an
-error: a benchmark that silently ran something else proves nothing.
+Gluon kernels on Hopper, plain Triton on other CUDA devices, split-KV kernels for the last rows of a text, `sparse_blocked` on a CPU and for
+the calls that the kernels do not take. The choice is by what a kernel says it supports, never by a try and a fallback, and a backend asked
+for by name that cannot run a call is an error: a benchmark that silently ran something else proves nothing.
 
 `worth_it` is the other half: from lengths and densities alone, measured beforehand, it says when the model's own dense kernel would be
 faster. Whoever executes a plan asks it first and reports the answer.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from headscope.call import AttentionCall
     from headscope.plans import Pattern
 
-BACKENDS = ("blocked", "gluon", "naive", "triton")
+BACKENDS = ("blocked", "decode", "gluon", "naive", "triton")
 
 
 def sparse_attention(call: AttentionCall, patterns: Sequence[Pattern], *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -44,6 +44,13 @@ def sparse_attention(call: AttentionCall, patterns: Sequence[Pattern], *, backen
         raise unknown_name(UnavailableError, "sparse backend", backend, BACKENDS)
     if backend in ("blocked", "naive"):
         return _plain(call, patterns, backend)
+    if backend == "decode" or (backend is None and _is_decode(call, patterns)):
+        from headscope.kernels.sparse_decode_call import decode_attention, decode_refuses
+
+        why = decode_refuses(call, patterns)
+        if why:
+            raise refusal(UnavailableError, "the decode backend", why, "leave the choice to headscope")
+        return decode_attention(call, patterns)
     reason = _no_kernel(call, patterns, backend)
     if reason and backend is None:
         return _plain(call, patterns, "blocked")
@@ -56,11 +63,13 @@ def sparse_attention(call: AttentionCall, patterns: Sequence[Pattern], *, backen
 
 def sparse_backend(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
     """Name of the backend that `sparse_attention` takes when none is named."""
+    if _is_decode(call, patterns):
+        return "decode"
     if _no_kernel(call, patterns, None):
         return "blocked"
     from headscope.kernels.sparse_prefill import best
 
-    return best(call)
+    return best(call, patterns)
 
 
 def worth_it(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
@@ -70,6 +79,10 @@ def worth_it(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
     """
     if not call.q.is_cuda:
         return ""
+    if _is_decode(call, patterns):
+        from headscope.kernels.sparse_decode_call import decode_worth_it
+
+        return decode_worth_it(call, patterns)
     reason = _no_kernel(call, patterns, None)
     if reason:
         return f"no sparse kernel runs it: {reason}"
@@ -87,6 +100,15 @@ def _no_kernel(call: AttentionCall, patterns: Sequence[Pattern], backend: str | 
     from headscope.kernels.sparse_prefill import supports
 
     return supports(call, patterns)
+
+
+def _is_decode(call: AttentionCall, patterns: Sequence[Pattern]) -> bool:
+    """Whether the split-KV kernels take the call: the last row or rows of a text, on a device."""
+    if not call.q.is_cuda or find_spec("triton") is None:
+        return False
+    from headscope.kernels.sparse_decode_call import decode_refuses
+
+    return not decode_refuses(call, patterns)
 
 
 def _plain(call: AttentionCall, patterns: Sequence[Pattern], name: str) -> tuple[Tensor, Tensor]:

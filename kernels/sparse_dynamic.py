@@ -188,25 +188,26 @@ def _place(lines: dict[str, Tensor], found: dict[str, Tensor], at: int, total: i
 def vertical_slash(call: AttentionCall, heads: tuple[int, ...], pattern: VerticalSlash, count: int) -> tuple[Tensor, Tensor]:
     """(columns [B * heads, C] int32 ascending, diagonals [B * heads, 128 count] uint8) by the sums of the last rows' weights."""
     device, length, rows = call.q.device, call.k.shape[2], min(pattern.last_q, call.q.shape[2])
-    first = length - rows
-    # so many keys more on the left as there are rows
-    weights = torch.full((call.q.shape[0], len(heads), rows, rows + length), -torch.inf, device=device)
-    for kv in sorted({head // call.group for head in heads}):
-        members = [place for place, head in enumerate(heads) if head // call.group == kv]
-        low, high = members[0], members[-1] + 1
-        q = call.q[:, heads[low] : heads[high - 1] + 1, -rows:] if high - low == heads[high - 1] - heads[low] + 1 else None
-        q = call.q[:, _index(heads[low:high], device), -rows:] if q is None else q
-        torch.matmul(q.float() * call.scale, call.k[:, kv : kv + 1].float().transpose(-1, -2), out=weights[:, low:high, :, rows:])
-    if call.softcap is not None:
-        weights = torch.where(weights == -torch.inf, weights, call.softcap * torch.tanh(weights / call.softcap))
+    batch, first = call.q.shape[0], length - rows
     t = torch.arange(first, length, device=device)[:, None]
     s = torch.arange(-rows, length, device=device)[None, :]
     hidden = s > t if call.mask.window is None else (s > t) | (t - s >= call.mask.window)
-    weights = torch.softmax(weights.masked_fill_(hidden, -torch.inf), -1).flatten(0, 1)
-    columns = weights.sum(1)[:, rows:]
-    # entry (i, u) lies i keys further to the right: its sum over i is that of the diagonal first - u
-    skewed = weights.as_strided((weights.shape[0], rows, first + rows), (weights.stride(0), weights.shape[2] + 1, 1), 1)
-    diagonals = skewed.sum(1).flip(1)
+    columns = torch.empty(batch, len(heads), length, device=device)
+    diagonals = torch.empty(batch, len(heads), length, device=device)
+    for kv in sorted({head // call.group for head in heads}):  # one at a time, so that memory is that of one
+        places = [place for place, head in enumerate(heads) if head // call.group == kv]
+        q = call.q[:, _index(tuple(heads[place] for place in places), device), -rows:]
+        scores = q.float() * call.scale @ call.k[:, kv : kv + 1].float().transpose(-1, -2)
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        # as many keys more on the left as there are rows: entry (i, u) then lies i keys further to the right on its diagonal, first - u
+        wide = torch.nn.functional.pad(scores, (rows, 0), value=-torch.inf).masked_fill_(hidden, -torch.inf)
+        weights = torch.softmax(wide, -1)
+        skewed = weights.as_strided((*weights.shape[:3], length), (*weights.stride()[:2], weights.shape[3] + 1, 1), 1)
+        low, high = places[0], places[-1] + 1  # heads of a key head that share a pattern stand together
+        columns[:, low:high] = weights.sum(2)[:, :, rows:]
+        diagonals[:, low:high] = skewed.sum(2).flip(2)
+    columns, diagonals = columns.flatten(0, 1), diagonals.flatten(0, 1)
     columns[:, : pattern.sink] = torch.inf
     diagonals[:, : pattern.window] = torch.inf
     lines = diagonals.topk(min(length, max(pattern.slash, pattern.window)), 1).indices

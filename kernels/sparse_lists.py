@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headscope.call import AttentionCall
+    from headscope.kernels.sparse_planes import Planes
     from headscope.plans import Pattern
 
 ENDLESS = 1 << 30
@@ -64,6 +65,15 @@ class TileLists:
     marked: Tensor | None
     visits: int | None = None
     """Tiles of all lines of `work`; None where the device alone knows."""
+
+    @cached_property
+    def planes(self) -> Planes | None:
+        """Diagonals and columns as the Hopper kernel reads them; made when first asked for."""
+        from headscope.kernels.sparse_planes import planes_of
+
+        if self.columns is None or self.gaps is None or self.diagonals is None or self.marked is None:
+            return None
+        return planes_of(self.columns, self.gaps, self.diagonals, self.marked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,16 +269,14 @@ def assemble(call: AttentionCall, rules: Tensor, slot: Tensor, packed: Packed, l
         inside = ordered[busy].argsort(dim=1, descending=True, stable=True)
         work = grouped[busy].gather(1, inside[..., None].expand(-1, -1, FIELDS)).flatten(0, 1)
     work = work.to(torch.int32).contiguous()
-    return TileLists(work, rules.contiguous(), slot, packed.tiles, packed.cells, **{name: lines.get(name) for name in _LINES})
+    columns, gaps, diagonals, marked = (lines.get(name) for name in ("columns", "gaps", "diagonals", "marked"))
+    return TileLists(work, rules.contiguous(), slot, packed.tiles, packed.cells, columns, gaps, diagonals, marked)
 
 
 @lru_cache(maxsize=8)
 def cache_bytes(device: torch.device) -> int:
     """Bytes of keys and values that stay in a device's last cache while others pass through."""
     return torch.cuda.get_device_properties(device).L2_cache_size * 3 // 4 if device.type == "cuda" else 0
-
-
-_LINES = ("columns", "gaps", "diagonals", "marked")
 
 
 def range_counts(row: Tensor, sink: Tensor, window: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:

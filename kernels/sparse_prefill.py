@@ -53,9 +53,9 @@ def supports(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
     return supported([pattern.fixed(length) for pattern in patterns if pattern.static])
 
 
-def best(call: AttentionCall) -> str:
+def best(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
     """ "gluon" or "triton", for a call that is supported."""
-    return "triton" if gluon_supports(call) else "gluon"
+    return "triton" if gluon_supports(call, patterns) else "gluon"
 
 
 def slower_than_dense(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
@@ -63,7 +63,7 @@ def slower_than_dense(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
     length = call.query_offset + call.q.shape[2]
     now = [pattern.fixed(length) if pattern.static else pattern for pattern in patterns]
     told = all(one.static for one in now) and call.first_token is None
-    return slower(call, now, best(call), static_lists(call, now) if told else None, processors(call.q.device))
+    return slower(call, now, best(call, now), static_lists(call, now) if told else None, processors(call.q.device))
 
 
 def prefill(call: AttentionCall, patterns: Sequence[Pattern], backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def prefill(call: AttentionCall, patterns: Sequence[Pattern], backend: str | Non
     if grows or (any(not one.static for one in now) and chosen_on_device(call, now)):
         return _each(call, patterns, backend)
     lists = lists_for(call, now)
-    reason = gluon_supports(call)
+    reason = gluon_supports(call, now)
     if backend == "gluon" and reason:
         raise refusal(UnavailableError, "the gluon backend", reason, "use the triton backend, or leave the choice to headscope")
     run = triton_prefill if reason or backend == "triton" else gluon_prefill
@@ -172,7 +172,7 @@ def triton_prefill(call: AttentionCall, patterns: Sequence[Pattern], lists: Tile
     return out, lse
 
 
-def gluon_supports(call: AttentionCall) -> str:
+def gluon_supports(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
     """ "" when the Hopper kernel runs a call that the Triton kernel `supports`, or why not."""
     from headscope.kernels.triton_interior import hopper
 
@@ -186,6 +186,8 @@ def gluon_supports(call: AttentionCall) -> str:
         return "its tensors are not laid out for bulk copies"
     if call.softcap is not None or call.first_token is not None or call.key_offset:
         return "softcap, padding and a cropped cache are the Triton kernel's"
+    if mask.window is not None and any(pattern.kind in ("lines", "vertical_slash") for pattern in patterns):
+        return "diagonals and columns under a window of the model's own are the Triton kernel's"
     if mask.key_valid is not None or mask.query_segments is not None:
         return "padding and packed sequences are the Triton kernel's"
     return ""
@@ -201,15 +203,17 @@ def gluon_prefill(call: AttentionCall, patterns: Sequence[Pattern], lists: TileL
     out, lse = outputs(call)
     device = call.q.device
     sinks = no_sinks(call.q.shape[1], device) if call.sink_logits is None else call.sink_logits.to(device, torch.float32).contiguous()
-    items, lines = len(made.work), made.columns is not None
-    k_g, v_g = gather_columns(call, made) if lines else (call.k, call.v)
+    items, planes = len(made.work), made.planes
+    k_g, v_g = (call.k, call.v) if planes is None else gather_columns(call, made)
     nothing = made.rules
+    tables = (nothing, nothing, nothing) if planes is None else (planes.columns, planes.diagonals, planes.marks)
+    sizes = (0, 0) if planes is None else planes.columns.shape[1:3]
     sparse_kernel[(min(items, processors(device)),)](
         descriptor(call.q, QUERIES), *(descriptor(x, SIDE) for x in (call.k, call.v, k_g, v_g)), out, lse, made.work, made.rules,
-        made.tiles, *(nothing if x is None else x for x in (made.cells, made.columns, made.gaps, made.diagonals, made.marked)), sinks,
+        made.tiles, nothing if made.cells is None else made.cells, *tables, sinks,
         out.stride(0), out.stride(2), out.stride(1), call.scale * LOG2E, items, call.q.shape[1], call.group, call.q.shape[2],
-        call.query_offset, call.mask.window or ENDLESS, int(made.cells is not None), *table_widths(made),
-        GENERAL=lines or made.cells is not None, D=call.q.shape[3], STAGES=2, num_warps=WARPS,
+        call.query_offset, call.mask.window or ENDLESS, int(made.cells is not None), *sizes,
+        GENERAL=planes is not None or made.cells is not None, D=call.q.shape[3], STAGES=2, num_warps=WARPS,
     )  # fmt: skip
     return out, lse
 

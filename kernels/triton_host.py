@@ -84,7 +84,27 @@ def diagonal_range(call: AttentionCall) -> tuple[int, int]:
 
 
 def row_counts(call: AttentionCall, request: StatisticsRequest, counted: Tensor) -> dict[str, Tensor]:
-    """How many counting rows [B or 1, Nq] stand behind every column, [B, Nk] int64, by prefix sums."""
+    """How many counting rows [B or 1, Nq] stand behind every column, [B, Nk] int64, by prefix sums. Those of plain masks are kept, since
+    every layer of a model asks for the same ones."""
+    mask = call.mask
+    tensors = (mask.key_valid, mask.query_valid, mask.query_segments, mask.key_segments, mask.allowed, mask.bias, request.rows)
+    if any(one is not None for one in tensors):
+        return _row_counts(call, request, counted)
+    key = (
+        mask.causal, mask.window, call.q.shape[0], call.q.shape[2], call.k.shape[2], call.query_offset, call.key_offset, call.q.device,
+        request.needs("column_sum", "sink_importance"), request.fai_band if request.needs("fai") else None,
+    )  # fmt: skip
+    if key not in _plain_counts:
+        if len(_plain_counts) >= 8:
+            _plain_counts.clear()
+        _plain_counts[key] = _row_counts(call, request, counted)
+    return dict(_plain_counts[key])
+
+
+_plain_counts: dict[tuple[object, ...], dict[str, Tensor]] = {}
+
+
+def _row_counts(call: AttentionCall, request: StatisticsRequest, counted: Tensor) -> dict[str, Tensor]:
     rows, keys, batch = call.q.shape[2], call.k.shape[2], call.q.shape[0]
     before = torch.nn.functional.pad(counted.to(torch.int64).cumsum(1), (1, 0))
     position = torch.arange(call.key_offset, call.key_offset + keys, device=counted.device)

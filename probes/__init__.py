@@ -31,6 +31,7 @@ from headscope.probes.minference import MInference
 from headscope.probes.moa import Moa
 from headscope.probes.ov_copying import OvCopying
 from headscope.probes.path_patching import PathPatching
+from headscope.probes.pattern_cost import PatternCost
 from headscope.probes.previous_token import PreviousToken
 from headscope.probes.qr import QueryRetrieval
 from headscope.probes.query_norm import QueryNorm
@@ -88,6 +89,7 @@ __all__ = [
     "Needs",
     "OvCopying",
     "PathPatching",
+    "PatternCost",
     "PreviousToken",
     "Probe",
     "ProbeText",

@@ -181,12 +181,12 @@ def streaming_rows(call: AttentionCall, start: int, stop: int, sink: int, recent
     return weighed(call, normalised(call, scores), columns)
 
 
-def streaming_output(call: AttentionCall, sink: int, recent: int, rows: int = 256) -> Tensor:
+def streaming_output(call: AttentionCall, sink: int, recent: int, rows: int | None = None) -> Tensor:
     """`streaming_rows` of every row: [B, N, Hq, Dv] in q's dtype. With gradients, weights are made again in the backward pass."""
     return _by_rows(call, rows, lambda start, stop: streaming_rows(call, start, stop, sink, recent))
 
 
-def full_output(call: AttentionCall, rows: int = 256) -> Tensor:
+def full_output(call: AttentionCall, rows: int | None = None) -> Tensor:
     """The call's own output, differentiable, without the matrix: [B, N, Hq, Dv] in q's dtype."""
     mask = call.mask
     plain = mask.causal and mask.window is None and call.softcap is None and call.sink_logits is None
@@ -201,7 +201,11 @@ def full_output(call: AttentionCall, rows: int = 256) -> Tensor:
     return _by_rows(call, rows, dense)
 
 
-def _by_rows(call: AttentionCall, rows: int, make: Callable[[int, int], Tensor]) -> Tensor:
+def _by_rows(call: AttentionCall, rows: int | None, make: Callable[[int, int], Tensor]) -> Tensor:
+    """`rows` at a time. None: 256 on a CPU; on a GPU, where each piece costs its launches, as many as make half a gigabyte of scores."""
+    if rows is None:
+        per_row = call.q.shape[0] * call.q.shape[1] * call.k.shape[2]
+        rows = 256 if call.q.device.type == "cpu" else max(256, (1 << 27) // max(per_row, 1))
     pieces = []
     for start, stop in row_chunks(call.q.shape[2], rows=rows):
         one = checkpoint(make, start, stop, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else make(start, stop)

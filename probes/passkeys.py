@@ -125,6 +125,11 @@ def _knows_needles(tokenizer: Any) -> bool:
     return tokenizer is not None and ids_of().items() <= tokenizer.get_vocab().items()
 
 
+def spells(scope: Scope) -> bool:
+    """True for a model whose tokenizer can write ordinary prose."""
+    return _can_spell(_tokenizer(scope))
+
+
 def _can_spell(tokenizer: Any) -> bool:
     """True when the passkeys' words come apart, and neither they nor the questions hold an unknown word."""
     if tokenizer is None:
@@ -179,8 +184,13 @@ def _passkeys(tokenizer: Any, length: int, generator: torch.Generator) -> Passke
     ids = [*ids, *book[last:]]
     total = len(ids) + sum(map(len, answers))
     answer = torch.arange(total) >= len(ids)
-    first = (len(ids) + len(asked[0]), len(ids) + len(asked[0]) + len(spelled[0]))
-    return PasskeyText(torch.tensor([*ids, *(number for row in answers for number in row)], dtype=torch.int64), answer, "passkeys", first)
+    begun = len(ids) + len(asked[0])
+    return PasskeyText(
+        torch.tensor([*ids, *(number for row in answers for number in row)], dtype=torch.int64),
+        answer,
+        "passkeys",
+        (begun, begun + len(spelled[0])),
+    )
 
 
 def _shape(length: int, word: float, around: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from headscope.circuits import head_weights
 from headscope.errors import CaptureError, ProbeError, refusal, unknown_name
 from headscope.kernels.gather import window_scores
 from headscope.plans.dynamic import Budget, TopBlocks, VerticalSlash
+from headscope.plans.dynamic_anchor import Stripes
 from headscope.plans.indices import choose
 from headscope.plans.patterns import Pattern, Span, Streaming
 from headscope.probes.active import ActiveProbe, Findings, Work
@@ -24,7 +25,7 @@ from headscope.probes.calls import context_of, main_modules, not_differentiable,
 from headscope.probes.duo_gates import frozen
 from headscope.probes.duo_surrogate import given_passkeys
 from headscope.probes.moa import Traced
-from headscope.probes.passkeys import PasskeyMaker, PasskeyText
+from headscope.probes.passkeys import PasskeyMaker, PasskeyText, spells
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from headscope.call import AttentionCall
     from headscope.scope import Scope
 
-COLUMNS = ("layer", "head", "pattern", "kind", "text", "tokens", "loss", "squares", "error", "whole", "mass")
+COLUMNS = ("layer", "head", "pattern", "kind", "text", "tokens", "loss", "squares", "error", "whole", "mass", "kept")
 ENOUGH = 0.05
 """Share of the output's energy that a pattern may lose and still count as enough for the head."""
+EVEN = 48
+"""Rows that the share of entries of a choice is counted on."""
 Kind = Literal["recall", "prose"]
 
 
@@ -44,7 +47,7 @@ class PatternCost(ActiveProbe):
 
     Candidates are sink-and-window of `sinks` first keys and windows of 8, 16, 32 ... tokens up to a sixteenth of the text and of an eighth,
     a quarter and a half of it; with `compensate`, those of the first sink also with RazorAttention's compensation token; with `dynamic`,
-    also vertical-slash and block choices of several sizes, and budgets of keys chosen at the end of a prefill (SnapKV).
+    also vertical-slash, block and stripe choices of several sizes, and budgets of keys chosen at the end of a prefill (SnapKV).
 
     Each is judged on texts whose answer lies far back ("recall": passkeys, the needle model's haystacks, or random tokens said twice; see
     `headscope.probes.passkeys`) and on prose ("prose", where the tokenizer can spell it): retrieval heads look local on plain text, and
@@ -54,7 +57,7 @@ class PatternCost(ActiveProbe):
     With o the output of a head in row t, o_c that under candidate c (exact, renormalised), delta = o - o_c and g = dL/do:
 
         loss = sum_t g . delta (first-order change of L, signed)      squares = sum_t (g . delta)^2
-        error = sum_t ||delta W_O||^2                                 whole = sum_t ||o W_O||^2            mass: mean weight kept
+        error = sum_t ||delta W_O||^2     whole = sum_t ||o W_O||^2     mass: mean weight kept     kept: share of the causal entries
 
     over the `rows` rows of the layer with the largest gradients and as many spread over the text. L is minus the sum of the answers' logit
     margins (log p / (1 - p)) over the answer tokens that the model gets right, since the gradient of log p itself vanishes where a model is
@@ -63,14 +66,14 @@ class PatternCost(ActiveProbe):
     `pattern_need`: share of the causal entries that the leanest candidate keeps which loses less than 5 % of the output's energy on every
     text. The table `candidates` has a row per head, candidate and text; planner "allocate" shares out a budget from it.
 
-    Cost: per text a forward and a backward pass, and small attention of the rows per candidate. Not a method of any paper; it joins
-    DuoAttention's question (arXiv:2410.10819), MoA's influence (arXiv:2406.14909) and MInference's candidates (arXiv:2407.02490).
+    Departures: not a method of any paper; it joins DuoAttention's question (arXiv:2410.10819), MoA's influence (arXiv:2406.14909) and
+    MInference's candidates (arXiv:2407.02490). Cost: per text a forward and a backward pass, and small attention of the rows per candidate.
     """
 
     texts: int = 3
     sinks: tuple[int, ...] = (4, 32)
     dynamic: bool = True
-    compensate: bool = True
+    compensate: bool = False
     rows: int = 96
     task: str = "auto"
     kinds: tuple[Kind, ...] = ("recall", "prose")
@@ -94,9 +97,10 @@ class PatternCost(ActiveProbe):
         if self.texts < 1 or self.rows < 1 or not self.sinks or not self.kinds:
             raise refusal(ProbeError, f"{self!r}", "it needs texts, rows, sinks and a kind of text", "pass one of each at least")
         texts = self.texts_for(scope, data, work)
+        patterns = self.candidates(max(len(ids) for _, ids, _ in texts))  # the same for every text, or their losses would not add up
         units = []
         for number in work.each(range(len(texts)), "candidates"):
-            units.append(work.unit(f"text {number}", partial(self._unit, scope, *texts[number], number)))
+            units.append(work.unit(f"text {number}", partial(self._unit, scope, *texts[number], number, patterns)))
         table = pd.concat([pd.DataFrame(unit["table"], columns=list(COLUMNS)) for unit in units], ignore_index=True)
         ids = texts[0][1]
         facts = {"name": "recall and prose", "kind": "own", "sha256": _digest(ids), "sequences": len(texts), "tokens": len(ids)}
@@ -113,34 +117,34 @@ class PatternCost(ActiveProbe):
         if self.dynamic:
             unit = max(8, tokens // 64)
             found += [VerticalSlash(columns * unit, unit, 64, 4, unit) for columns in (1, 2, 4, 8)]
-            block = 64 if tokens < 4096 else 128
+            block = min(128, max(16, 1 << max(0, (tokens // 32).bit_length() - 1)))
             found += [TopBlocks(share=share, rule="pooled", block=block) for share in (0.1, 0.2, 0.4)]
+            stride = min(16, block // 4)
+            found += [TopBlocks(mass=mass, rule="antidiagonal", block=block, stride=stride) for mass in (0.5, 0.7, 0.85, 0.95)]
+            found += [Stripes(theta=theta, block=block, step=4) for theta in (1.0, 2.5, 4.0, 6.0)]
             found += [Budget(keep - 32, 32, 5) for keep in (tokens // part for part in (20, 12, 8, 5, 3, 2)) if keep > 32]
-        return found
+        return list(dict.fromkeys(found))
 
     def texts_for(self, scope: Scope, data: Any, work: Work) -> list[tuple[Kind, Tensor, Tensor]]:
         """(kind, ids [N], bool [N] the tokens whose prediction is judged) of every text."""
         found: list[tuple[Kind, Tensor, Tensor]] = []
-        task = ""
         if "recall" in self.kinds:
             given = given_passkeys(self.name, data)
             if given is None:
                 maker = PasskeyMaker.of(scope, context_of(scope, work), self.task)
                 given = [maker.text(maker.context, work.generator(1, number)) for number in range(self.texts)]
-            task = given[0].task
             found += [("recall", *_ended(text)) for text in given]
-        if "prose" in self.kinds and task not in ("needles", "repeats"):
+        if "prose" in self.kinds and spells(scope):
             for text in texts_of(scope, None, work, texts=self.texts):
                 found.append(("prose", text.ids, torch.arange(len(text.ids)) >= len(text.ids) // 8))
         if not found:
             raise refusal(ProbeError, f"kinds={self.kinds}", "this model's tokenizer spells no prose", "add 'recall'")
         return found
 
-    def _unit(self, scope: Scope, kind: Kind, ids: Tensor, answer: Tensor, number: int) -> dict[str, Any]:
+    def _unit(self, scope: Scope, kind: Kind, ids: Tensor, answer: Tensor, number: int, patterns: Sequence[Pattern]) -> dict[str, Any]:
         calls, gradients = traced(scope, ids, answer, margins=kind == "recall")
         start = int(answer.int().argmax()) if kind == "recall" else len(ids) - len(ids) // 8
         rows: list[list[Any]] = []
-        patterns = self.candidates(len(ids))
         words = [json.dumps(pattern.to_dict()) for pattern in patterns]
         for module in scope.topology.main:
             call, gradient = calls.pop(module.name), gradients.pop(module.name)
@@ -162,8 +166,9 @@ def _rows(gradient: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def judge(scope: Scope, call: AttentionCall, gradient: Tensor, rows: Tensor, patterns: Sequence[Pattern], start: int) -> Tensor:
-    """[H, patterns, 5] float64: loss, squares, error, whole, mass of every head under every pattern, over rows [R] of one sequence.
-    Budgets are chosen from the rows before `start` and leave those as they are.
+    """[H, patterns, 6] float64: loss, squares, error, whole, mass of every head under every pattern, over rows [R] of one sequence, and
+    the share of the entries kept, of choices over EVEN rows spread over the text. Budgets are chosen from the rows before `start` and leave
+    those as they are.
     """
     assert call.v is not None
     device, length = call.q.device, call.q.shape[2]
@@ -171,7 +176,9 @@ def judge(scope: Scope, call: AttentionCall, gradient: Tensor, rows: Tensor, pat
     fixed = [pattern.fixed(length) for pattern in patterns]
     seen = {pattern: pattern.visible(rows, keys).to(device) for pattern in set(fixed) if pattern.static}
     outputs = _weights(scope, call.layer).to(device=device, dtype=torch.float64)
-    found = torch.zeros(call.q.shape[1], len(patterns), 5, dtype=torch.float64)
+    found = torch.zeros(call.q.shape[1], len(patterns), 6, dtype=torch.float64)
+    even = torch.linspace(0, length - 1, min(EVEN, length)).long()
+    causal = keys <= even[:, None]
     for head in range(call.q.shape[1]):
         scores = window_scores(call, head, rows.to(device), keys.to(device))[0]
         values = call.v[0, head // call.group].double()
@@ -182,13 +189,20 @@ def judge(scope: Scope, call: AttentionCall, gradient: Tensor, rows: Tensor, pat
         g = gradient[0, rows.to(device), head].double()
         whole = ((full @ gram) * full).sum()
         for place, pattern in enumerate(fixed):
-            visible = seen[pattern] if pattern.static else _chosen(call, head, pattern, rows, keys, start).to(device)
+            density = pattern.density(length) if pattern.static else 1.0
+            if pattern.static:
+                visible = seen[pattern]
+            else:
+                both = _chosen(call, head, pattern, torch.cat([rows, even]), keys, start)
+                visible = both[: len(rows)].to(device)
+                if not isinstance(pattern, Budget):
+                    density = float((both[len(rows) :] & causal).sum() / causal.sum())
             masked = scores.masked_fill(~visible, -torch.inf)
             kept = torch.exp(masked - total).sum(-1).mean()
             delta = full - _output(call, head, rows, masked, values, sink, visible if getattr(pattern, "compensate", False) else None)
             change = (g * delta).sum(-1)
             numbers = (-change.sum(), change.square().sum(), ((delta @ gram) * delta).sum(), whole, kept)
-            found[head, place] = torch.stack(numbers).cpu()
+            found[head, place] = torch.tensor([*(float(one) for one in numbers), density], dtype=torch.float64)
     return found
 
 
@@ -265,14 +279,9 @@ def objective(logits: Tensor, wanted: Tensor, answer: Tensor, *, margins: bool) 
 
 def need(scope: Scope, table: pd.DataFrame) -> Tensor:
     """[L, H] the density of the leanest candidate that loses at most ENOUGH of the output's energy on every text; 1 where none does."""
-    from headscope.plans.registry import pattern_from
-
-    tokens = int(table["tokens"].max())
-    density = {word: pattern_from(json.loads(word)).density(tokens) for word in table["pattern"].unique()}
     sums = table.assign(share=table["error"] / table["whole"].clip(lower=1e-300))
-    worst = sums.groupby(["layer", "head", "pattern"], sort=False)["share"].max().reset_index()
-    good = worst[worst["share"] <= ENOUGH]
-    least = good.assign(density=good["pattern"].map(density)).groupby(["layer", "head"])["density"].min()
+    worst = sums.groupby(["layer", "head", "pattern"], sort=False)[["share", "kept"]].agg({"share": "max", "kept": "mean"}).reset_index()
+    least = worst[worst["share"] <= ENOUGH].groupby(["layer", "head"])["kept"].min()
     layers = [
         torch.tensor([float(least.get((module.layer, head), 1.0)) for head in range(module.heads)], dtype=torch.float64)
         for module in scope.topology.main

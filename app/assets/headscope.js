@@ -50,14 +50,16 @@
         return NO();
       },
 
-      pin: function (pinned, cleared, picked, pins) {
+      pin: function (ticked, rows, pinned, cleared, picked, pins) {
+        var chosen = (rows || []).map(function (row) { return row.layer + "." + row.head; }).join(",");
         var trigger = (window.dash_clientside.callback_context.triggered[0] || {}).prop_id || "";
         if (trigger.indexOf("clear-picked") === 0 && cleared) {
           window.dash_clientside.set_props("find", { value: "" });
           window.dash_clientside.set_props("picked", { data: "" });
         }
         if (trigger.indexOf("pin-picked") === 0 && pinned && picked) window.dash_clientside.set_props("pins", { data: joined(pins, picked) });
-        return NO();
+        if (trigger.indexOf("pin-rows") === 0 && ticked && chosen) window.dash_clientside.set_props("pins", { data: joined(pins, chosen) });
+        return !chosen;
       },
 
       /* The pin of a head's page. */
@@ -80,7 +82,7 @@
           point = plot.points[0].customdata;
           return headAddress(run, point[0], point[1]);
         }
-        if (trigger.indexOf("table.") === 0 && cell && rows && rows[cell.rowIndex]) {
+        if (trigger.indexOf("table.") === 0 && cell && rows && rows[cell.rowIndex] && String(cell.colId).indexOf("ag-Grid") !== 0) {
           return headAddress(run, rows[cell.rowIndex].layer, rows[cell.rowIndex].head);
         }
         return NO();

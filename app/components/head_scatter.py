@@ -19,6 +19,12 @@ RING = {"light": "#d55e00", "dark": "#ff9d3d"}
 
 def other_metric(run: Run, first: str) -> str:
     """What the y axis opens with: the metric that says most beside the first, which is the one least rank-correlated with it."""
+    if first not in run.partners:
+        run.partners[first] = _least_alike(run, first)
+    return run.partners[first]
+
+
+def _least_alike(run: Run, first: str) -> str:
     others = [name for name in run.metrics if name != first]
     known = [name for name in others if np.isfinite(run.grid(name)).sum() > 2 and np.nanstd(run.grid(name)) > 0]
     if not known:

@@ -77,7 +77,7 @@ def table_note(run: Run, metrics: list[str], picked: list[Head] | None = None) -
     if picked:
         return f"{len(picked):,} of {len(run.table):,} heads: the picked ones"
     cut = "" if len(metrics) == len(run.metrics) else f"{len(metrics)} of {len(run.metrics)} metrics, the chosen one first; "
-    return f"{cut}click a row to open the head"
+    return f"{cut}click a row to open the head, tick rows to pin them"
 
 
 def head_table(height: int = 380) -> Component:
@@ -87,7 +87,15 @@ def head_table(height: int = 380) -> Component:
         rowData=[],
         columnDefs=[],
         defaultColDef={"sortable": True, "resizable": True, "floatingFilter": True, "suppressHeaderMenuButton": True},
-        dashGridOptions={"theme": {"function": _THEME}, "rowHeight": 32, "headerHeight": 36, "tooltipShowDelay": 300, "animateRows": False},
+        dashGridOptions={
+            "theme": {"function": _THEME},
+            "rowHeight": 32,
+            "headerHeight": 36,
+            "tooltipShowDelay": 300,
+            "animateRows": False,
+            "rowSelection": {"mode": "multiRow", "checkboxes": True, "headerCheckbox": False, "enableClickSelection": False},
+            "selectionColumnDef": {"pinned": "left", "width": 40},
+        },
         style={"height": height, "width": "100%"},
         className="ag-headscope",
     )

@@ -147,7 +147,8 @@ def strength_of(query: Mapping[str, object], kind: str) -> float:
 
 def shown_fields(kind: str) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str], str]:
     """Styles of the mode, strength, heads and JSON fields for a kind of change, and the strength's label."""
-    hidden, shown = {"display": "none"}, {}
+    hidden: dict[str, str] = {"display": "none"}
+    shown: dict[str, str] = {}
     return (
         shown if kind == "mask" else hidden,
         shown if STRENGTHS[kind][0] else hidden,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from headscope.errors import InterventionError, refusal, unknown_name
 
 if TYPE_CHECKING:
     from headscope.interventions import Stack
+    from headscope.interventions.head_mask import Mode
     from headscope.profile import HeadProfile
 
 KINDS = {
@@ -46,7 +47,7 @@ class Change:
         heads = chosen_heads(self.heads, profile)
         made: Any
         if self.kind == "mask":
-            made = HeadMask(heads=heads, mode=self.mode)  # type: ignore[arg-type]
+            made = HeadMask(heads=heads, mode=cast("Mode", self.mode))  # checked by HeadMask
         elif self.kind == "act":
             made = ACT(heads=heads, beta=self.strength)
         elif self.kind == "scale":

@@ -66,15 +66,15 @@ class Job:
 
 
 class ModelOwner:
-    """Owns one model: `given` is a Scope, or a function that loads one (run by the owner, so that the dashboard opens at once).
+    """Owns one model: `scope`, or what `load` gives (called by the owner, so that the dashboard opens at once).
 
     `name`: how the model is called while it loads.
     """
 
-    def __init__(self, given: Scope | Callable[[], Scope], name: str = "") -> None:
-        self._load: Callable[[], Scope] | None = given if callable(given) and not hasattr(given, "topology") else None
-        self._scope: Scope | None = None if self._load is not None else given  # type: ignore[assignment]
-        self.name = name or getattr(given, "name", "") or "the model"
+    def __init__(self, scope: Scope | None = None, *, load: Callable[[], Scope] | None = None, name: str = "") -> None:
+        self._load = load
+        self._scope = scope
+        self.name = name or getattr(scope, "name", "") or "the model"
         self.error = ""
         self._queue: queue.Queue[Job | None] = queue.Queue()
         self._jobs: OrderedDict[str, Job] = OrderedDict()

@@ -215,7 +215,10 @@ def _blank(scheme: theme.Scheme) -> dict[str, Any]:
 
 
 def _table_panel(run: Run) -> Component:
-    return panel("Table", head_table(), aside=html.Span(id="table-note", className="muted"), id="table-panel")
+    pin = html.Button("Pin ticked", id="pin-rows", type="button", className="small-button", disabled=True)
+    return panel(
+        "Table", head_table(), aside=html.Div([html.Span(id="table-note", className="muted"), pin], className="found"), id="table-panel"
+    )
 
 
 def update(
@@ -344,7 +347,9 @@ def register(app: dash.Dash) -> None:
     )
     app.clientside_callback(
         ClientsideFunction("headscope", "pin"),
-        Output("pin-picked", "lang"),
+        Output("pin-rows", "disabled"),
+        Input("pin-rows", "n_clicks"),
+        Input("table", "selectedRows"),
         Input("pin-picked", "n_clicks"),
         Input("clear-picked", "n_clicks"),
         State("picked", "data"),

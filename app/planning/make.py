@@ -6,6 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from headscope.app.plan_files import FOLDER
 from headscope.app.runs import Run
@@ -50,7 +51,8 @@ def make(run: Run, method: str, bound: str, share: float, length: int) -> Sparse
         if key in _kept:
             _kept.move_to_end(key)
             return _kept[key]
-    made = plan(run.profile(), method, **{bound: round(share, 4), "length": length})
+    options: dict[str, Any] = {bound: round(share, 4), "length": length}
+    made = plan(run.profile(), method, **options)
     with _lock:
         _kept[key] = made
         while len(_kept) > KEPT:

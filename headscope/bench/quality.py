@@ -162,7 +162,7 @@ def run(scope: Scope, task: Task, plan: SparsePlan | None, *, size: int = 4) -> 
         kind = task.kinds[numbers[0]]
         with ExitStack() as stack:
             if plan is not None and meter is not None:
-                stack.enter_context(scope.execute(plan))
+                stack.enter_context(scope.execute(plan, fallback=False))
                 if kind not in metered:
                     stack.enter_context(scope.executing(meter))
                     metered.add(kind)

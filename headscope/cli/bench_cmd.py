@@ -1,4 +1,4 @@
-"""`headscope bench capture`, `headscope bench interventions`, `headscope bench maps`, `headscope bench prefill` and `headscope bench decode`."""
+"""`headscope bench capture`, `decode`, `interventions`, `maps` and `prefill`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ def plan(
     density: Annotated[float | None, typer.Option(help="Most that may be kept: a share of the causal entries of a prefill.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="A parameter of the method, name=value; repeatable.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens that density, FLOPs and bytes are stated at.")] = None,
-    model: Annotated[str | None, typer.Option(help="The live model, beside the run or in its place; what is missing is then measured.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The live model, beside the run or in its place; what is missing is then measured.")
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the planners and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plan file if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,

@@ -17,7 +17,7 @@ class CacheChoice(StrEnum):
     """Which KV cache the model writes with."""
 
     free = "free"
-    model = "model"
+    dense = "dense"
 
 
 def run(
@@ -25,7 +25,9 @@ def run(
     plan: Annotated[Path, typer.Option(help="Sparse plan: a plan.json of `headscope plan`.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
-    cache: Annotated[CacheChoice, typer.Option(help="free: keys that no head of a group may see are dropped; model: all stay.")] = CacheChoice.free,
+    cache: Annotated[
+        CacheChoice, typer.Option(help="free: keys that no head of a group may see any more are dropped; dense: all stay.")
+    ] = CacheChoice.free,
     fallback: Annotated[bool, typer.Option(help="On a GPU, leave calls to the model where dense attention is faster.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Also run a plan made for other weights of the same shape.")] = False,
     baseline: Annotated[bool, typer.Option(help="Also write without the plan, to compare.")] = False,

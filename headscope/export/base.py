@@ -50,10 +50,16 @@ class Export:
         assert self.plan is not None
         return self.plan
 
-    def tokens(self, target: str) -> int:
-        """The length that a target's tables are made for. ExportError where none was given."""
+    @property
+    def known(self) -> int | None:
+        """The length that was given, or the one that the plan was made for."""
         found = self.length or (self.plan.parameters.get("length") if self.plan is not None else None)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+    def tokens(self, target: str) -> int:
+        """The length that a target's tables are made for. ExportError where none is known."""
+        found = self.known
+        if found is None:
             raise refusal(
                 ExportError, f"{target} without a length", "its tables are made for a number of tokens", "pass length=4096 (--length)"
             )

@@ -46,6 +46,7 @@ class BlockSparseAttention(Format):
         """Whole blocks."""
         rectangular(plan.model, "heads", "Block-Sparse-Attention")
         fitted = Fitted.of(plan)
+        fitted.windows("Block-Sparse-Attention", export.known)
 
         def rule(pattern: Pattern) -> tuple[Pattern, str]:
             if isinstance(pattern, Streaming):

@@ -13,7 +13,7 @@ from headscope.export.fitting import Fitted
 from headscope.export.imported import Found, Hints
 from headscope.export.masks import Tables, tables
 from headscope.export.tensors import load_tensors, save_tensors
-from headscope.plans.patterns import Blocks, Dense, Pattern, Span, Streaming
+from headscope.plans.patterns import Blocks, Dense, Pattern, Streaming
 from headscope.plans.plan import SparsePlan
 
 INTERVALS = 32
@@ -47,13 +47,12 @@ class CudnnFlex(Format):
         """Rules on positions with few runs of keys; spans fixed at the length."""
         length = export.tokens("cudnn")
         fitted = Fitted.of(plan)
+        fitted.windows("cuDNN", length)
 
         def rule(pattern: Pattern) -> tuple[Pattern, str]:
-            if isinstance(pattern, Span):
-                return pattern.at(length), f"a mask function is made for one length, here {length:,} tokens"
             found = tables(pattern, length) if pattern.static else None
             if found is None:
-                return Dense(), "a mask function cannot be chosen per input, nor add a token"
+                return Dense(), "a mask function cannot be chosen per input"
             if isinstance(pattern, Dense | Streaming) or most_runs(found) <= INTERVALS:
                 return pattern, ""
             return Dense(), f"its rows are more than {INTERVALS} runs of keys"

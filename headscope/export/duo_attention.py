@@ -40,7 +40,7 @@ class DuoAttention(Format):
 
     def fit(self, plan: SparsePlan, export: Export) -> Fitted:
         """Dense or one window, whole key groups."""
-        return fit_gates(plan, "DuoAttention")
+        return fit_gates(plan, "DuoAttention", export.known)
 
     def encode(self, export: Export) -> dict[str, bytes]:
         """Gates of 0 and 1."""
@@ -57,6 +57,8 @@ class DuoAttention(Format):
         export.notes += [
             f"in training recent_size {recent} means {recent} keys with the row's own, one fewer than in decoding",
             "the first chunk of a prompt is computed in full for every head; later chunks and decoding are sparse",
+            f"LServe reads the table alone: --static-sparse-attn-load-dir . --static-sparsity {export.numbers.get('sparsity', 0.5)!r} "
+            f"--dec-sink-token {sink} --dec-local-token {recent + 1}, both rounded up to whole cache blocks",
         ]
         text = io.StringIO()
         np.savetxt(text, gates, delimiter="\t")

@@ -8,12 +8,12 @@ what the rounding loses in numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headscope.errors import ExportError, refusal
 from headscope.export.words import canonical, same, word
-from headscope.plans.patterns import Dense, Pattern, Streaming
+from headscope.plans.patterns import Dense, Pattern, Span, Streaming
 from headscope.plans.plan import Place, PlanModel, SparsePlan
 
 
@@ -45,6 +45,21 @@ class Fitted:
             if pattern not in known:
                 known[pattern] = rule(pattern)
             self.change(place, *known[pattern])
+
+    def windows(self, target: str, length: int | None) -> None:
+        """Spans as the window that they are at `length` tokens, where it is known (shorter texts get a wider one than asked for), and
+        windows without their compensation token, which no engine has.
+        """
+        if length is not None:
+            fixed = f"{target} has windows of a fixed size: the one at {length:,} tokens"
+            self.each(lambda one: (_at(one, length) if isinstance(one, Span) else one, fixed))
+        plain = f"{target} has no compensation token"
+        self.each(lambda one: (replace(one, compensate=False) if isinstance(one, Streaming | Span) and one.compensate else one, plain))
+
+
+def _at(span: Span, length: int) -> Streaming:
+    """A span's window at a length, its floor kept also where the text is shorter."""
+    return Streaming(span.sink, max(span.floor, int(span.alpha + span.beta * length)), span.compensate)
 
 
 def groups(model: PlanModel) -> list[list[Place]]:
@@ -85,16 +100,11 @@ def from_zero(model: PlanModel, target: str) -> None:
         )
 
 
-def to_two_classes(plan: SparsePlan, target: str) -> Fitted:
-    """Every head dense or streaming: anything else becomes dense."""
-
-    def rule(pattern: Pattern) -> tuple[Pattern, str]:
-        if isinstance(pattern, Streaming):
-            return Streaming(pattern.sink, pattern.window), f"{target} has no compensation token"
-        return Dense(), f"{target} has full and streaming heads only"
-
+def to_two_classes(plan: SparsePlan, target: str, length: int | None) -> Fitted:
+    """Every head dense or streaming: spans as their window at `length`, anything else dense."""
     fitted = Fitted.of(plan)
-    fitted.each(rule)
+    fitted.windows(target, length)
+    to_dense(fitted, (Streaming,), f"{target} has full and streaming heads only")
     return fitted
 
 

@@ -13,7 +13,7 @@ from headscope.export.fitting import Fitted
 from headscope.export.imported import Found, Hints
 from headscope.export.masks import Tables, common_side, pattern_of, refine, tables
 from headscope.export.tensors import load_tensors, save_tensors
-from headscope.plans.patterns import BLOCK, Dense, Pattern, Span
+from headscope.plans.patterns import BLOCK, Dense, Pattern
 from headscope.plans.plan import SparsePlan
 
 MODULE = '''"""BlockMask and mask_mod of every layer, written by headscope.
@@ -85,12 +85,11 @@ class FlexAttention(Format):
         """Static patterns; spans fixed at the length."""
         length = export.tokens("flex-attention")
         fitted = Fitted.of(plan)
+        fitted.windows("FlexAttention", length)
 
         def rule(pattern: Pattern) -> tuple[Pattern, str]:
-            if isinstance(pattern, Span):
-                return pattern.at(length), f"a mask is made for one length, here {length:,} tokens"
-            if not pattern.static or getattr(pattern, "compensate", False):
-                return Dense(), "a mask cannot be chosen per input, nor add a token"
+            if not pattern.static:
+                return Dense(), "a mask cannot be chosen per input"
             return pattern, ""
 
         fitted.each(rule)
@@ -163,19 +162,47 @@ class FlexAttention(Format):
 
 
 def block_lists(one: Tables, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(partial counts [n], partial indices [n, n], full counts [n], full indices [n, n]) of a pattern in blocks of 128."""
+    """(partial counts [n], partial indices [n, n], full counts [n], full indices [n, n]) of a pattern in blocks of 128.
+
+    A block is whole where one of the tables fills it, and there is nothing where none touches it; only where several touch it and none
+    fills it are its entries looked at, so that 131,072 tokens take no longer than they must.
+    """
     length = len(one.columns)
-    partial, full = np.zeros((count, count), dtype=bool), np.zeros((count, count), dtype=bool)
-    starts = np.arange(0, length, BLOCK)
-    for row in range(count):
-        rows = np.arange(row * BLOCK, min(length, (row + 1) * BLOCK))
-        keys = np.arange(min(length, (row + 1) * BLOCK))
-        seen = np.add.reduceat(one.visible(rows, keys).sum(0), starts[: row + 1])
-        sizes = np.minimum(BLOCK, len(keys) - starts[: row + 1]) * len(rows)
-        whole = (seen == sizes) & (sizes == BLOCK * BLOCK)
-        full[row, : row + 1] = whole
-        partial[row, : row + 1] = (seen > 0) & ~whole
-    return (*_lists(partial), *_lists(full))
+    some, every, touched = _from_tables(one, count)
+    below = np.tri(count, dtype=bool)
+    every &= np.tri(count, k=-1, dtype=bool)
+    for row, column in np.argwhere(some & below & ~every & (touched > 1)).tolist():
+        at, keys = (np.arange(tile * BLOCK, min(length, (tile + 1) * BLOCK)) for tile in (row, column))
+        every[row, column] = row > column and one.visible(at, keys).all()
+    if length % BLOCK:  # the last row of blocks is not complete
+        last = count - 1
+        every[last] = False
+        seen = one.visible(np.arange(last * BLOCK, length), np.arange(length)).any(0)
+        some[last] = np.logical_or.reduceat(seen, np.arange(0, length, BLOCK))
+    some &= below
+    return (*_lists(some & ~every), *_lists(every))
+
+
+def _from_tables(one: Tables, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[n, n] each: whether a table touches a block, whether one fills it, and how many touch it."""
+    padded = np.pad(one.columns, (0, count * BLOCK - len(one.columns))).reshape(count, BLOCK)
+    some = [np.broadcast_to(padded.any(1), (count, count))]
+    every = [np.broadcast_to(padded.all(1), (count, count))]
+    sums = np.concatenate([[0], np.cumsum(np.pad(one.diagonals, (0, count * BLOCK + BLOCK - len(one.diagonals))))])
+    gap = np.arange(count) * BLOCK
+    low, high = np.maximum(gap - BLOCK + 1, 0), gap + BLOCK
+    between = sums[high] - sums[low]
+    apart = np.abs(np.arange(count)[:, None] - np.arange(count))
+    some.append((between > 0)[apart])
+    every.append((between == high - low)[apart])
+    if one.tiles.size:
+        edges = np.arange(count) * BLOCK
+        first, last = edges // one.side, np.minimum(edges + BLOCK - 1, len(one.columns) - 1) // one.side + 1
+        total = np.pad(one.tiles.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        found = total[last][:, last] - total[first][:, last] - total[last][:, first] + total[first][:, first]
+        some.append(found > 0)
+        every.append(found == (last - first)[:, None] * (last - first))
+    return np.any(some, 0), np.any(every, 0), np.sum(some, 0)
 
 
 def _lists(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,11 +26,11 @@ DEFAULT = Streaming(128, 257)
 """DuoAttention's sizes (128 sinks, 256 recent), where no head streams."""
 
 
-def fit_gates(plan: SparsePlan, target: str) -> Fitted:
+def fit_gates(plan: SparsePlan, target: str, length: int | None) -> Fitted:
     """Dense and streaming heads, whole key groups, one window of 2 or more."""
     rectangular(plan.model, "kv_heads", target)
     from_zero(plan.model, target)
-    fitted = to_two_classes(plan, target)
+    fitted = to_two_classes(plan, target, length)
     to_whole_groups(fitted, plan.model, target)
     to_one_window(fitted, target, DEFAULT)
     fitted.each(lambda pattern: _at_least_two(pattern, target))

@@ -62,7 +62,7 @@ class Kvpress(Format):
 
     def fit(self, plan: SparsePlan, export: Export) -> Fitted:
         """Dense or one window, whole key groups."""
-        return fit_gates(plan, "kvpress")
+        return fit_gates(plan, "kvpress", export.known)
 
     def encode(self, export: Export) -> dict[str, bytes]:
         """Gates of 0 and 1."""

@@ -49,9 +49,9 @@ class MInference(Format):
         """Columns and diagonals, windows, top blocks; everything else keeps every column."""
         from_zero(plan.model, "MInference")
         rectangular(plan.model, "heads", "MInference")
-        tokens = export.length or plan.parameters.get("length") or LONGEST
-        top = TopBlocks(share=_share(int(tokens)), rule="pooled", block=SIDE)
+        top = TopBlocks(share=_share(export.known or LONGEST), rule="pooled", block=SIDE)
         fitted = Fitted.of(plan)
+        fitted.windows("MInference", export.known)
 
         def rule(pattern: Pattern) -> tuple[Pattern, str]:
             if isinstance(pattern, VerticalSlash):
@@ -59,7 +59,7 @@ class MInference(Format):
                 sized = VerticalSlash(max(fixed.vertical, fixed.sink, pattern.sink), max(fixed.slash, fixed.window, pattern.window))
                 return sized, "MInference chooses from the last 64 rows and forces the first 30 columns and the nearest 100 diagonals"
             if isinstance(pattern, Streaming):
-                return Streaming(pattern.sink, pattern.window), "MInference has no compensation token"
+                return pattern, ""
             if isinstance(pattern, TopBlocks) and pattern == top and top.share != 1:
                 return pattern, ""
             return VerticalSlash(EVERYTHING, 100), "MInference has no such type; every column is kept"

@@ -49,15 +49,19 @@ class MoA(Format):
                 "MoA runs models with a key head per query head, and this one shares them; convert it first (scripts/helper/gqa_to_mha.py)"
             )
 
+        fitted = Fitted.of(plan)
+        fitted.windows("MoA", None)
+
         def rule(pattern: Pattern) -> tuple[Pattern, str]:
             if isinstance(pattern, Streaming):
                 size = max(SMALLEST, -(-(pattern.window + SINK) // SINK) * SINK)
                 return Streaming(SINK, size - SINK), "MoA keeps 64 sinks, 128 keys at least, and counts in blocks of 64"
             if isinstance(pattern, Span):
-                return Span(pattern.alpha + SINK - SINK, pattern.beta, SINK, SMALLEST - SINK), "MoA keeps 64 sinks and 128 keys at least"
+                own = pattern.alpha if pattern.floor <= SMALLEST - SINK else max(pattern.alpha, pattern.floor)
+                why = "MoA keeps 64 sinks, and a least window of 64 only: a larger one is added to the growing part"
+                return Span(own + SINK - SINK, pattern.beta, SINK, SMALLEST - SINK), why
             return Dense(), "MoA has windows only"
 
-        fitted = Fitted.of(plan)
         fitted.each(rule)
         fitted.notes += [
             "alpha counts the 64 sinks with the window: it is the plan's plus 64",

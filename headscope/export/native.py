@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from headscope.errors import ExportError, PlanError, refusal
 from headscope.export.base import Export, Format
 from headscope.export.files import dump, read_json
+from headscope.export.fitting import Fitted
 from headscope.export.imported import Found, Hints, facts_of, model_from, plan_of
 from headscope.export.loss import HeadLoss
 from headscope.plans.plan import Place, PlanModel, SparsePlan
@@ -77,6 +78,10 @@ class Headscope(Format):
     holds: ClassVar[tuple[str, ...]] = ("every metric of every head", "roles", "a plan with any pattern")
     lacks: ClassVar[tuple[str, ...]] = ("statistics, maps, text and tables of a run directory",)
     metrics: ClassVar[tuple[str, ...]] = ("every metric",)
+
+    def fit(self, plan: SparsePlan, export: Export) -> Fitted:
+        """Every pattern as it is."""
+        return Fitted(dict(plan.patterns))
 
     def encode(self, export: Export) -> dict[str, bytes]:
         """The document and its schema."""

@@ -48,6 +48,7 @@ class OpenVinoGenAi(Format):
     def fit(self, plan: SparsePlan, export: Export) -> Fitted:
         """One window, one threshold, or dense (threshold 1)."""
         fitted = Fitted.of(plan)
+        fitted.windows("OpenVINO", export.known)
         kinds = set(fitted.patterns.values())
         chosen = [one for one in kinds if isinstance(one, TopBlocks) and one.rule == "antidiagonal" and one.mass is not None]
         whole = widest(kinds)

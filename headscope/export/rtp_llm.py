@@ -42,7 +42,7 @@ class RtpLlm(Format):
 
     def fit(self, plan: SparsePlan, export: Export) -> Fitted:
         """Dense or one window; as many dense heads in every key group of a layer."""
-        fitted = to_two_classes(plan, "rtp-llm")
+        fitted = to_two_classes(plan, "rtp-llm", export.known)
         by_layer: dict[int, list[list[tuple[int, int]]]] = {}
         for members in groups(plan.model):
             by_layer.setdefault(members[0][0], []).append(members)

@@ -43,6 +43,7 @@ class TransformersConfig(Format):
         """One pattern per layer, dense or a window without sinks."""
         from_zero(plan.model, "layer_types")
         fitted = Fitted.of(plan)
+        fitted.windows("transformers", export.known)
         for members in layers(plan.model):
             whole = widest({fitted.patterns[place] for place in members})
             for place in members:

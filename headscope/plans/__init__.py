@@ -2,6 +2,8 @@
 
 patterns   which keys a head sees (static rules and rules that choose per input)
 plan       SparsePlan: one pattern per head of one model, with its costs, as JSON
+mass       how much attention a plan keeps, from statistics
+planners   from what is known of the heads to a plan, one method a file
 schema     the file format
 """
 

@@ -4,9 +4,9 @@ A transformers cache hands every layer's attention all keys so far, [B, Hkv, N, 
 So this cache hands back the new keys only, tells the mask makers so, and leaves the old ones to the plan's executor, which finds them in
 the layer's store. Position ids stay those of the whole text, and keys stay as they were rotated.
 
-The silent failure this avoids: attention over the newest token alone, which is what a model would compute with such a cache and no executor.
-Every key that comes in is noted until the executor has served it; a cache that is used outside of its `scope.execute` block, or by a model
-that changes keys behind its cache, is refused.
+The silent failure this avoids: attention over the newest token alone, which is what a model would compute with such a cache and no
+executor. Every key that comes in is noted until the executor has served it; a cache that is used outside of its `scope.execute` block, or
+by a model that changes keys behind its cache, is refused.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ class FreeLayer(CacheLayerMixin):
         """Refused beyond 0: what was dropped since cannot come back."""
         if tokens_to_remove:
             raise refusal(
-                PlanError, f"crop({tokens_to_remove})", "this cache has dropped keys for good", "use a cache that keeps them: scope.execute(plan)"
+                PlanError,
+                f"crop({tokens_to_remove})",
+                "this cache has dropped keys for good",
+                "use a cache that keeps them: scope.execute(plan)",
             )
 
     def offload(self) -> None:
@@ -142,7 +145,8 @@ class FreeCache(Cache):
             patterns.setdefault(layer, []).append(pattern)
         self.notes = _Notes()
         layers = [
-            FreeLayer(self.notes, module.layer or 0, LayerStore(tuple(patterns[module.layer or 0]), module.kv_heads, module.window)) for module in modules
+            FreeLayer(self.notes, module.layer or 0, LayerStore(tuple(patterns[module.layer or 0]), module.kv_heads, module.window))
+            for module in modules
         ]
         super().__init__(layers=list(layers))
 

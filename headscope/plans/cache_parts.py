@@ -1,18 +1,21 @@
 """How a freeing cache holds the keys of some key heads: all of them, a ring of the newest beside the first, or chosen ones and a tail.
 
-Each part owns its memory, so that what it drops is really gone, and grows by a sixty-fourth of its size, so that what it reserves is little.
-Keys are stored as they came (rotated for their absolute positions); a part knows which position lies at which of its places, and says it
-in the terms of the decode kernels (`place_rule`) and as plain tensors (`old_keys`).
+Each part owns its memory, so that what it drops is really gone, and grows by a sixty-fourth of its size, so that it reserves little. Keys
+are stored as they came (rotated for their absolute positions); a part knows which position lies at which of its places, and says it in the
+terms of the decode kernels (`place_rule`).
 
 Positions here are absolute, as in the padded batch; `starts` [B] is where each text begins, None for 0. A ring counts from there.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from headscope.plans.compensation import Sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +29,20 @@ def room_for(count: int) -> int:
 
 
 @dataclass(eq=False)
-class Part:
+class Part(ABC):
     """Keys of the key heads `heads`; `k` [B, h, places, D], `v` [B, h, places, Dv], None before the first keys."""
 
     heads: tuple[int, ...]
     k: Tensor | None = None
     v: Tensor | None = None
+
+    @abstractmethod
+    def append(self, k: Tensor, v: Tensor, length: int, starts: Tensor | None) -> None:
+        """Keys k [B, h, n, D] and values [B, h, n, Dv] of the positions from `length` on."""
+
+    @abstractmethod
+    def place_rule(self) -> tuple[int, int, int]:
+        """(fixed, ring, shift) of `sparse_decode_host.Places`."""
 
     @property
     def bytes(self) -> int:
@@ -74,12 +85,15 @@ class Full(Part):
 
 @dataclass(eq=False)
 class Ring(Part):
-    """The first `sink` keys of each text and the newest `size`; `windows`: the patterns whose windows it must hold."""
+    """The first `sink` keys of each text and the newest `size`; `windows`: the patterns whose windows it must hold. `sums`: of what it
+    dropped, where its heads compensate for that; their one pattern is then the only one of `windows`.
+    """
 
     sink: int = 0
     windows: tuple[Pattern, ...] = ()
     limit: int | None = None
     size: int = 0
+    sums: Sums | None = None
 
     def window(self, length: int) -> int:
         """Keys that a row at the end of `length` tokens may look back, its own included."""
@@ -89,6 +103,8 @@ class Ring(Part):
     def append(self, k: Tensor, v: Tensor, length: int, starts: Tensor | None) -> None:
         """Keys of the positions from `length` on; what no later row can see is overwritten."""
         count = k.shape[2]
+        if self.sums is not None:
+            self._note(self.sums, k, v, length, starts)
         self._fit(self.window(length + count), k, v, length, starts)
         assert self.k is not None
         assert self.v is not None
@@ -104,6 +120,28 @@ class Ring(Part):
         index = self.places(away).masked_fill(lost, self.sink + self.size)[:, None, :, None]
         for to, new in ((self.k, k), (self.v, v)):
             to.scatter_(2, index.expand(-1, new.shape[1], -1, new.shape[3]), new)
+
+    def _note(self, sums: Sums, k: Tensor, v: Tensor, length: int, starts: Tensor | None) -> None:
+        """Adds what no row behind these keys sees any more."""
+        end = max(0, length + k.shape[2] - self.window(length + k.shape[2]))
+        begin = torch.zeros(1, 1, dtype=torch.int64, device=k.device) if starts is None else starts.to(k.device)[:, None]
+        held = torch.arange(sums.upto, min(end, length), device=k.device)
+        if len(held) and self.k is not None and self.v is not None:
+            away = (held[None] - begin).expand(k.shape[0], -1)
+            index = self.places(away.clamp(min=0))[:, None, :, None]
+            old = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.k, self.v)]
+            sums.add(old[0], old[1], away >= self.sink)
+        fresh = slice(max(sums.upto - length, 0), max(end - length, 0))
+        where = torch.arange(length, length + k.shape[2], device=k.device)[fresh]
+        if len(where) or sums.k is None:
+            sums.add(k[:, :, fresh], v[:, :, fresh], where[None] - begin >= self.sink)
+        sums.upto = max(sums.upto, end)
+
+    def select(self, index: Tensor) -> None:
+        """Keep (or repeat) sequences by number."""
+        super().select(index)
+        if self.sums is not None:
+            self.sums.select(index)
 
     def places(self, away: Tensor) -> Tensor:
         """Places of keys by distance from the start of their text."""
@@ -141,23 +179,22 @@ class Ring(Part):
 class Kept(Part):
     """Chosen keys of one key head at the first `count` places, and every key from position `since` on behind them.
 
-    `chosen` [B, count] int64: positions, -1 where a sequence has fewer; `bits` [B, count] int32: which heads of the group see them; `tails`:
-    query head -> position from which its budget keeps every key.
+    `bits` [B, count] int32: which heads of the group see them, 0 where a sequence has fewer; `tails`: query head -> position from which its
+    budget keeps every key.
     """
 
     since: int = 0
     count: int = 0
-    chosen: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     bits: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int32))
     tails: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, part: Full, head: int, chosen: Tensor, bits: Tensor, since: int, length: int) -> Kept:
-        """What stays of one key head of a full part."""
+        """What stays of one key head of a full part: the keys at positions `chosen` [B, count] int64 (-1: none) and from `since` on."""
         assert part.k is not None
         assert part.v is not None
         at = part.heads.index(head)
-        made = cls((head,), None, None, since, chosen.shape[1], chosen, bits)
+        made = cls((head,), None, None, since, chosen.shape[1], bits)
         index = chosen.clamp(min=0)[:, None, :, None]
         kept = []
         for x in (part.k, part.v):
@@ -185,4 +222,4 @@ class Kept(Part):
     def select(self, index: Tensor) -> None:
         """Keep (or repeat) sequences by number."""
         super().select(index)
-        self.chosen, self.bits = (x.index_select(0, index.to(x.device)) for x in (self.chosen, self.bits))
+        self.bits = self.bits.index_select(0, index.to(self.bits.device))

@@ -21,6 +21,7 @@ from headscope.errors import PlanError, refusal
 from headscope.kernels.sparse_decode_host import KeyLists, Places
 from headscope.plans.cache_parts import Full, Kept, Part, Ring
 from headscope.plans.choices import Choice, lists_of
+from headscope.plans.compensation import Sums, compensates, uncompensated, with_dropped
 from headscope.plans.dynamic import Budget
 from headscope.plans.indices import Chosen
 from headscope.plans.patterns import Dense, Pattern, Span, Streaming
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
 
 def part_of(patterns: Sequence[Pattern], window: int | None) -> Part:
     """An empty part for a key head whose group has these patterns, in a layer whose own attention has this window."""
-    moving = all(isinstance(one, Streaming | Span) and not getattr(one, "compensate", False) for one in patterns)
-    if window is None and not moving:
+    moving = all(isinstance(one, Streaming | Span) for one in patterns)
+    compensating = any(compensates(one) for one in patterns)
+    if window is None and (not moving or (compensating and len(set(patterns)) > 1)):
         return Full(())
+    if window is None and compensating and isinstance(patterns[0], Streaming):
+        return Ring((), sink=patterns[0].sink, windows=(patterns[0],), sums=Sums())
     static = [one if isinstance(one, Streaming | Span) else Streaming(0, 1 << 30) for one in patterns]
     sink = max(int(getattr(one, "sink", 0)) for one in static)
     return Ring((), sink=sink, windows=tuple(dict.fromkeys(static)), limit=window)
@@ -166,7 +170,7 @@ class LayerStore:
         bases = torch.zeros(2, batch, self.kv_heads, dtype=torch.int64)
         table = torch.zeros(self.kv_heads, 3, dtype=torch.int32)
         for part, k, v in held:
-            rule = torch.tensor(part.place_rule(), dtype=torch.int32)  # type: ignore[attr-defined]
+            rule = torch.tensor(part.place_rule(), dtype=torch.int32)
             for at, g in enumerate(part.heads):
                 table[g] = rule
                 for side, (x, first) in enumerate(((k, k0), (v, v0))):
@@ -237,7 +241,15 @@ def subcalls(store: LayerStore, call: AttentionCall, b: int, patterns: Sequence[
     def add(heads: list[int], k: Tensor, v: Tensor, at: int, own: list[Pattern], allowed: Tensor | None = None) -> None:
         mask = MaskFacts(causal=allowed is None, window=call.mask.window if allowed is None else None, allowed=allowed)
         one = replace(
-            call, q=call.q[b : b + 1, heads, skip:], k=k, v=v, mask=mask, query_offset=offset, key_offset=at, first_token=None, sink_logits=None
+            call,
+            q=call.q[b : b + 1, heads, skip:],
+            k=k,
+            v=v,
+            mask=mask,
+            query_offset=offset,
+            key_offset=at,
+            first_token=None,
+            sink_logits=None,
         )
         out.append((heads, one, own))
 
@@ -251,6 +263,14 @@ def subcalls(store: LayerStore, call: AttentionCall, b: int, patterns: Sequence[
             add(heads, k[:, :, start : store.length], v[:, :, start : store.length], 0, mine)
         elif isinstance(part, Ring):
             old = length if rows == 1 else length - rows + skip
+            if rows > 1 and part.sums is not None:
+                raise refusal(
+                    PlanError,
+                    f"{rows} tokens after {old}",
+                    "heads that compensate for dropped keys have only the sum of those before the last of these tokens",
+                    "give the whole prompt at once, or use the model's own cache",
+                )
+            mine = [uncompensated(one) for one in mine]  # what was dropped is put back by `with_sums`
             low = min(old, max(part.sink, old - part.size))
             at = part.places(torch.arange(low, old, device=k.device))
             near = [k[:, :, at], v[:, :, at]]
@@ -280,6 +300,16 @@ def subcalls(store: LayerStore, call: AttentionCall, b: int, patterns: Sequence[
             if part.count:
                 add(heads, k[:, :, : part.count], v[:, :, : part.count], 0, [Dense()] * len(heads), seen)
     return out
+
+
+def with_sums(store: LayerStore, call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """A decode step's output and lse with what the compensating rings dropped."""
+    for part in store.parts:
+        if isinstance(part, Ring) and part.sums is not None and isinstance(part.windows[0], Streaming):
+            heads = [g * store.group + i for g in part.heads for i in range(store.group)]
+            places = [at for at in range(len(part.heads)) for _ in range(store.group)]
+            output, lse = with_dropped(call, heads, output, lse, part.sums, places, part.windows[0], store.starts)
+    return output, lse
 
 
 def joined(outputs: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:

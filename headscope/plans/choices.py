@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,8 +98,8 @@ def _largest(values: Tensor, keeps: list[int]) -> Tensor:
         ranked, order = values.sort(dim=-1, descending=True, stable=True)
         ranked, order = ranked[..., :most], order[..., :most]
     else:
-        ranked, order = values.topk(most, dim=-1)
-    count = torch.tensor(keeps, device=values.device)[None, :, None]
+        ranked, order = values.topk(most, dim=-1, sorted=len(set(keeps)) > 1)
+    count = _on(tuple(keeps), values.device)[None, :, None]
     return order.masked_fill((ranked == -math.inf) | (torch.arange(most, device=values.device) >= count), -1)
 
 
@@ -135,33 +136,121 @@ def _last_weights(call: AttentionCall, count: int, heads: list[int], starts: Ten
     return weights.masked_fill((t < starts)[:, None], 0.0).sum(2)
 
 
-def choose_top_keys(call: AttentionCall, heads: Sequence[int], patterns: Sequence[TopKeys]) -> Choice:
-    """For a decode row: per head the keys of largest weight, the first ones among them, and the last ones (see `indices.top_keys`)."""
+def choose_top_keys(call: AttentionCall, heads: Sequence[int], patterns: Sequence[TopKeys], stand_ins: StandIns | None = None) -> Choice:
+    """For a decode row: per head the keys of largest weight, the first ones among them, and the last ones (see `indices.top_keys`).
+
+    `stand_ins`: what stands for the blocks of this cache, kept from step to step; None to work it out anew.
+    """
     found: list[Tensor | None] = [None] * len(heads)
     sinces: list[Tensor | None] = [None] * len(heads)
-    end = call.query_offset + call.q.shape[2]
-    starts = _starts(call)
-    s = torch.arange(call.k.shape[2], device=call.q.device) + call.key_offset
-    for group in _by_group(call, heads):
-        places = [at for at, head in enumerate(heads) if head in group]
-        one = [patterns[at] for at in places]
-        scores = _scores(call, 1, group)[:, :, 0]
-        sink = torch.tensor([pattern.sink for pattern in one], device=s.device)[:, None]
-        since = starts.clamp(min=0).maximum(end - torch.tensor([pattern.window for pattern in one], device=s.device)[:, None])
-        scores = scores.masked_fill(s < starts + sink, math.inf).masked_fill((s >= since) | (s < starts), -math.inf)
-        chosen = _largest(scores, [pattern.keep for pattern in one])
-        chosen = torch.where(chosen < 0, -1, chosen + call.key_offset)
+    for kind in dict.fromkeys((one.block, one.estimate) for one in patterns):
+        places = [at for at, one in enumerate(patterns) if (one.block, one.estimate) == kind]
+        own, rules = [heads[at] for at in places], [patterns[at] for at in places]
+        choose = _top_blocks if kind[0] > 1 else _top_single
+        columns, since = choose(call, own, rules, StandIns() if stand_ins is None else stand_ins)
         for place, at in enumerate(places):
-            found[at], sinces[at] = chosen[:, place], since[:, place, 0].expand(call.q.shape[0])
+            found[at], sinces[at] = columns[:, place], since[:, place]
     return _together(heads, found, sinces)
 
 
-def _by_group(call: AttentionCall, heads: Sequence[int]) -> list[list[int]]:
-    """Heads by their key head: scores of a group fit in memory where those of all heads might not."""
-    groups: dict[int, list[int]] = {}
-    for head in heads:
-        groups.setdefault(head // call.group, []).append(head)
-    return list(groups.values())
+def _top_single(call: AttentionCall, heads: list[int], patterns: list[TopKeys], stand_ins: StandIns) -> tuple[Tensor, Tensor]:
+    """(columns [B, h, C], since [B, h]) of rules that choose single keys."""
+    end, starts = call.query_offset + call.q.shape[2], _starts(call)
+    s = torch.arange(call.k.shape[2], device=call.q.device) + call.key_offset
+    sink, window = (_numbers(call, [getattr(one, name) for one in patterns]) for name in ("sink", "window"))
+    since = starts.maximum(end - window[:, None]).clamp(min=0).expand(call.q.shape[0], -1, -1)
+    if call.q.device.type == "cpu":
+        scores = _scores(call, 1, heads)[:, :, 0]
+    else:
+        from headscope.kernels.sparse_decode_choose import key_scores
+
+        scores = key_scores(call.q[:, :, -1], call.k, call.scale)
+        scores = scores if len(heads) == scores.shape[1] else scores[:, heads]
+        if call.mask.key_valid is not None:
+            scores = scores.masked_fill(~call.mask.key_valid[:, None], -math.inf)
+        if call.mask.window is not None:
+            scores = scores.masked_fill(s < end - call.mask.window, -math.inf)
+    scores = scores.masked_fill(s < starts + sink[:, None], math.inf).masked_fill((s >= since) | (s < starts), -math.inf)
+    chosen = _largest(scores, [one.keep for one in patterns])
+    return torch.where(chosen < 0, -1, chosen + call.key_offset), since[..., 0]
+
+
+def _top_blocks(call: AttentionCall, heads: list[int], patterns: list[TopKeys], stand_ins: StandIns) -> tuple[Tensor, Tensor]:
+    """The same for rules that choose blocks, all of one size and estimate; blocks count from the start of each text."""
+    size, estimate = patterns[0].block, patterns[0].estimate
+    end, starts = call.query_offset + call.q.shape[2], _starts(call)[:, 0]
+    window = _numbers(call, [one.window for one in patterns])
+    count = ((end - starts - window).clamp(min=0) // size).expand(call.q.shape[0], -1)  # [B, h] whole blocks before the window
+    most = max(1, max(0, end - min(one.window for one in patterns)) // size)
+    stands = stand_ins.of(call, size, estimate, most)
+    q = call.q[:, :, -1]
+    if estimate == "bounds":
+        q = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+    if call.q.device.type == "cpu":
+        group = call.group
+        scores = torch.stack([q[:, head].double()[:, None] @ stands[:, head // group].double().transpose(-1, -2) for head in heads], 1)[
+            :, :, 0
+        ]
+    else:
+        from headscope.kernels.sparse_decode_choose import key_scores
+
+        scores = key_scores(q.to(stands.dtype).contiguous(), stands, call.scale)
+        scores = scores if len(heads) == scores.shape[1] else scores[:, heads]
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    first = _numbers(call, [-(-one.sink // size) for one in patterns])
+    scores = scores.masked_fill(number < first[:, None], math.inf).masked_fill(number >= count[..., None], -math.inf)
+    chosen = _largest(scores, [max(1, one.keep // size) for one in patterns])
+    keys = chosen[..., None] * size + torch.arange(size, device=chosen.device) + starts[:, :, None, None]
+    return torch.where(chosen[..., None] < 0, -1, keys).flatten(2), starts + count * size
+
+
+def _numbers(call: AttentionCall, values: list[int]) -> Tensor:
+    return _on(tuple(values), call.q.device)
+
+
+@lru_cache(maxsize=256)
+def _on(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device)
+
+
+@dataclass(eq=False)
+class StandIns:
+    """What stands for blocks of keys, kept while a text grows: [B, Hkv, n, 2 D] largest and smallest coordinates, or [B, Hkv, n, D] means.
+
+    Only whole blocks are ever looked at, and those do not change, so each is worked out once.
+    """
+
+    kept: dict[tuple[int, str], tuple[Tensor, int]] = field(default_factory=dict)
+
+    def of(self, call: AttentionCall, size: int, estimate: str, count: int) -> Tensor:
+        """Those of the first `count` blocks of each text. Texts that begin at different places are worked out anew each time."""
+        keys = call.k.shape[2]
+        if call.first_token is not None or call.key_offset:
+            where = torch.arange(count * size, device=call.k.device) + (_starts(call)[:, 0] - call.key_offset)
+            index = where.clamp(0, keys - 1)[:, None, :, None].expand(call.k.shape[0], call.k.shape[1], -1, call.k.shape[3])
+            return _stand_ins(call.k.gather(2, index), size, estimate)
+        held, done = self.kept.get((size, estimate), (None, 0))
+        if count * size > keys:  # a text shorter than one block: nothing to choose from
+            return _stand_ins(torch.nn.functional.pad(call.k, (0, 0, 0, count * size - keys)), size, estimate)
+        if held is None or held.shape[2] < count or held.shape[0] != call.k.shape[0]:
+            wide = call.k.shape[3] * (2 if estimate == "bounds" else 1)
+            more = call.k.new_empty(*call.k.shape[:2], count + max(8, count // 16), wide)
+            if held is not None and held.shape[0] == call.k.shape[0]:
+                more[:, :, :done] = held[:, :, :done]
+            else:
+                done = 0
+            held = more
+        if done < count:
+            held[:, :, done:count] = _stand_ins(call.k[:, :, done * size : count * size], size, estimate)
+        self.kept[size, estimate] = held, max(done, count)
+        return held[:, :, :count]
+
+
+def _stand_ins(k: Tensor, size: int, estimate: str) -> Tensor:
+    blocks = k.unflatten(2, (-1, size))
+    if estimate == "mean":
+        return blocks.mean(3)
+    return torch.cat([blocks.amax(3), blocks.amin(3)], -1)
 
 
 def _together(heads: Sequence[int], found: list[Tensor | None], sinces: list[Tensor | None]) -> Choice:
@@ -171,26 +260,38 @@ def _together(heads: Sequence[int], found: list[Tensor | None], sinces: list[Ten
     return Choice(tuple(heads), torch.stack(padded, 1), torch.stack([one for one in sinces if one is not None], 1))
 
 
-def lists_of(choices: dict[int, tuple[Tensor, Tensor]], batch: int, kv_heads: int, group: int, keys: int, origin: int) -> KeyLists:
+def lists_of(
+    choices: dict[int, tuple[Tensor, Tensor]], batch: int, kv_heads: int, group: int, keys: int, origin: int, block: int = 1
+) -> KeyLists:
     """KeyLists of chosen positions: head -> (columns [B, C] absolute, -1 for none; since [B]), in places of a cache whose place 0 holds
     position `origin` and that has `keys` of them. Keys from `since` on are left to the rules. No host synchronisation.
+
+    With `block` > 1 the columns of every head are whole blocks, one after the other, and so are the lists' entries.
     """
     device = next(iter(choices.values()))[0].device
-    bits = torch.zeros(batch, kv_heads, keys + 1, dtype=torch.int32, device=device)
-    room = 0
-    for g in range(kv_heads):
-        own = [head for head in choices if head // group == g]
-        room = max(room, sum(choices[head][0].shape[1] for head in own))
-        for head in own:
-            columns, since = choices[head]
-            at = torch.where((columns < origin) | (columns >= since[:, None]), keys, columns - origin)
-            bits[:, g] = bits[:, g] | torch.zeros_like(bits[:, g]).scatter_(1, at, 1 << (head % group))
-    bits = bits[..., :keys]
-    room = max(1, min(room, keys))
+    heads = kv_heads * group
+    most = max(columns.shape[1] for columns, _ in choices.values())
+    nobody = torch.full((batch, most), -1, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+    rows = [choices.get(head, nobody) for head in range(heads)]
+    columns = torch.stack([torch.nn.functional.pad(one, (0, most - one.shape[1]), value=-1) for one, _ in rows], 1)
+    since = torch.stack([one for _, one in rows], 1)
+    if block > 1:
+        columns = torch.div(columns[..., ::block], block, rounding_mode="floor")
+        since, keys = since // block, -(-keys // block)
+    per = [sum(columns.shape[2] for head in choices if head // group == g) for g in range(kv_heads)]
+    room = max(1, min(max(per), keys))
+    if device.type != "cpu":
+        from headscope.kernels.sparse_decode_choose import lists_from
+
+        return lists_from(columns, since, kv_heads, keys, origin, room, block)
+    at = torch.where((columns < origin) | (columns >= since[..., None]), keys, columns - origin)
+    member = torch.zeros(batch, heads, keys + 1, dtype=torch.int32, device=device).scatter_(2, at, 1)[..., :keys]
+    shift = torch.arange(group, dtype=torch.int32, device=device)
+    bits = (member.unflatten(1, (kv_heads, group)) << shift[:, None]).sum(2, dtype=torch.int32)
     present = bits != 0
     place = torch.where(present, present.cumsum(-1) - 1, room).clamp(max=room)
     entries = torch.zeros(batch, kv_heads, room + 1, dtype=torch.int32, device=device)
     numbers = torch.arange(keys, dtype=torch.int32, device=device).expand(batch, kv_heads, keys)
     entries.scatter_(2, place, numbers)
     kept = torch.zeros_like(entries).scatter_(2, place, bits)
-    return KeyLists(entries[..., :room].contiguous(), kept[..., :room].contiguous(), present.sum(-1, dtype=torch.int32))
+    return KeyLists(entries[..., :room].contiguous(), kept[..., :room].contiguous(), present.sum(-1, dtype=torch.int32), block)

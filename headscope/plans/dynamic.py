@@ -19,7 +19,8 @@ from headscope.plans.patterns import BLOCK, Pattern
 @dataclass(frozen=True)
 class VerticalSlash(Pattern):
     """`vertical` columns and `slash` diagonals chosen per input from the last `last_q` rows (MInference, arXiv:2407.02490); the first
-    `sink` columns and the last `window` diagonals are always among them. Prefill only: decoding is dense.
+    `sink` columns and the last `window` diagonals are always among them. Prefill only: decoding is dense. `expected`: the share of the
+    causal entries that this was measured to keep; None where nobody measured, and then it counts as many entries as it has lines.
     """
 
     vertical: int
@@ -27,18 +28,23 @@ class VerticalSlash(Pattern):
     last_q: int = 64
     sink: int = 30
     window: int = 100
+    expected: float | None = None
     kind = "vertical_slash"
     static = False
 
     def check(self) -> None:
         self._whole(0, "vertical", "sink")
         self._whole(1, "slash", "last_q", "window")
+        if self.expected is not None and not 0 < self.expected <= 1:
+            raise refusal(PlanError, f"expected={self.expected}", "it is a part of the entries", "use 0 < expected <= 1")
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """PlanError: it depends on the input."""
         raise _dynamic(self)
 
     def kept(self, length: int) -> float:
+        if self.expected is not None:
+            return self.expected * length * (length + 1) / 2
         return min(length * (length + 1) / 2, length * float(max(self.vertical, self.sink) + max(self.slash, self.window)))
 
     def cached(self, length: int) -> float:
@@ -132,6 +138,9 @@ class TopKeys(Pattern):
     """Decoding only: per step the `keep` keys of largest weight, chosen by this head itself every `refresh` steps, or taken over from
     `source` = (layer, head), a layer before it (TidalDecode arXiv:2410.05076, HyLRA arXiv:2602.00777). With `full`, the head chooses keys
     for others and sees every key itself.
+
+    With `block` > 1 whole blocks of that many keys are chosen, without reading them, by an `estimate` from what stands for each: "bounds",
+    the largest score that its smallest and largest coordinates allow (Quest, arXiv:2406.10774), or "mean", the score of its mean key.
     """
 
     keep: int
@@ -140,12 +149,23 @@ class TopKeys(Pattern):
     sink: int = 4
     window: int = 64
     full: bool = False
+    block: int = 1
+    estimate: Literal["exact", "bounds", "mean"] = "exact"
     kind = "top_keys"
     static = False
 
     def check(self) -> None:
-        self._whole(1, "keep", "refresh", "window")
+        self._whole(1, "keep", "refresh", "window", "block")
         self._whole(0, "sink")
+        if self.estimate not in ("exact", "bounds", "mean"):
+            raise unknown_name(PlanError, "estimate", self.estimate, ("exact", "bounds", "mean"))
+        if (self.estimate == "exact") != (self.block == 1) or self.block > 128 or self.block & (self.block - 1):
+            raise refusal(
+                PlanError,
+                f"top_keys with block={self.block}, estimate={self.estimate!r}",
+                "single keys are chosen by their exact scores, blocks of 2, 4, .. 128 keys by bounds or means",
+                'give e.g. block=32, estimate="bounds"',
+            )
         if not isinstance(self.full, bool) or (self.full and self.source is not None):
             raise refusal(
                 PlanError, f"full={self.full!r}, source={self.source}", "a head that takes keys over cannot see all", "give one of them"

@@ -2,14 +2,15 @@
 
 It answers a call with the heads' outputs, or leaves it to the model's own kernel: where the plan drops nothing at this length, where dense
 attention would be faster, and in modules that the plan does not cover (vision towers, cross attention). `report` counts heads and calls,
-`ran` what computed them and `reasons` why calls were left to the model, so that a plan that in truth ran dense cannot pass for a sparse one.
+`ran` what computed them and `reasons` why calls were left to the model, so that a plan that in truth ran dense cannot pass for a sparse
+one.
 
 Dynamic patterns choose their keys at the call: vertical-slash and block choices per prefill chunk, budgets at the end of the prefill, top
 keys per decode step or every `refresh` steps, or from the layer whose choice they take over. State belongs to one sequence of calls and is
 dropped when a text begins again at position 0.
 
-With `cache="free"` the keys lie in a FreeCache, which gives the model its new keys only; this executor alone knows the others. Observers and
-interventions would see those few keys and take them for all, so they are refused beside it.
+With `cache="free"` the keys lie in a FreeCache, which gives the model its new keys only; this executor alone knows the others. Observers
+and interventions would see those few keys and take them for all, so they are refused beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 from weakref import ref
 
@@ -28,13 +29,14 @@ from headscope.kernels.sparse_blocked import blocked_sparse_attention
 from headscope.kernels.sparse_decode_call import decode_worth_it
 from headscope.kernels.sparse_dispatch import sparse_attention, sparse_backend, worth_it
 from headscope.plans.cache import FreeCache, FreeLayer
-from headscope.plans.cache_store import LayerStore, joined, subcalls
+from headscope.plans.cache_store import LayerStore, joined, subcalls, with_sums
 from headscope.plans.choices import Choice, choose_budgets
-from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
-from headscope.plans.dynamic_rules import Choosing
+from headscope.plans.compensation import compensates
+from headscope.plans.dynamic import Budget, TopKeys
+from headscope.plans.execute_checks import as_chosen, phase, refuse_holes, refuse_unfreeable
 from headscope.plans.execute_decode import Memory, call_step, choose_due, refuses, store_step
 from headscope.plans.execute_steps import StepExecutor
-from headscope.plans.indices import Chosen, choose, element
+from headscope.plans.indices import choose, element
 from headscope.plans.patterns import Dense, Pattern
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ class PlanExecutor:
     """Executes `plan`; denoising steps (calls that are not causal) through `steps`.
 
     `report`: how many heads of calls ran "sparse", "dense" within a sparse call, and calls left to the "host". `ran`: calls per backend.
-    `reasons`: why calls were left to the host. `fallback`: leave calls to the model where dense attention is faster. `watching`: says what else is active on the model, "" for nothing.
+    `reasons`: why calls were left to the host. `fallback`: leave calls to the model where dense attention is faster. `watching`: says what
+    else is active on the model, "" for nothing. `windows`: of each layer itself. `cache`: the newest freeing cache.
     """
 
     plan: SparsePlan
@@ -160,23 +163,26 @@ class PlanExecutor:
     def _with_call(self, call: AttentionCall, patterns: list[Pattern], state: _LayerState) -> Tensor | None:
         """A call that holds all keys its rows may see."""
         decode = self._enters(call, patterns, state)
-        now = [_phase(pattern, decode) for pattern in patterns]
+        now = [phase(pattern, decode) for pattern in patterns]
         longest = call.k.shape[2] + call.key_offset
         if all(pattern.static and pattern.kept(longest) >= longest * (longest + 1) / 2 for pattern in set(now)):
-            return self._left("the plan drops nothing at this length")
-        if decode and any(isinstance(pattern, TopKeys) and pattern.refresh > 1 for pattern in now):
+            self._left("the plan drops nothing at this length")
+            return None
+        if decode and any(compensates(pattern) or (isinstance(pattern, TopKeys) and pattern.refresh > 1) for pattern in now):
             self._refuse_moved(call, state)
         if decode and on_device(call) and not refuses(call, now):
             why = decode_worth_it(call, now) if self.fallback and all(pattern.static for pattern in now) else ""
             if why:
-                return self._left(why)
+                self._left(why)
+                return None
             choose_due(call, now, state.memory, state.step)
             self._counted(now, "decode")
             return call_step(call, now, self._seen(now, state), state.memory)
         if not decode or all(pattern.static for pattern in now):
             why = worth_it(call, now) if self.fallback else ""
             if why:
-                return self._left(why)
+                self._left(why)
+                return None
             self._counted(now, sparse_backend(call, now))
             return sparse_attention(call, now)[0]
         self._counted(now, "blocked")
@@ -265,7 +271,7 @@ class PlanExecutor:
                 "it would see the newest keys and take them for all",
                 "use the model's own cache: scope.execute(plan)",
             )
-        _refuse_holes(call)
+        refuse_holes(call)
         assert layer.waiting is not None
         store = layer.store
         for index in layer.notes.selected.pop(layer.number, []):
@@ -285,7 +291,7 @@ class PlanExecutor:
         """A chunk or a decode step over a store."""
         decode = call.q.shape[2] == 1
         state.step = state.step + 1 if decode else 0
-        now = [_phase(pattern, decode) for pattern in patterns]
+        now = [phase(pattern, decode) for pattern in patterns]
         if decode:
             self._compress(store, patterns, state)
         elif store.tails:
@@ -296,7 +302,7 @@ class PlanExecutor:
                 "give the whole prompt at once, or use the model's own cache",
             )
         store.append_lasting(*new, store.starts)
-        if decode and on_device(call) and not refuses(call, now):
+        if decode and on_device(call) and not refuses(call, now, stored=True):
             store.append_passing(*new)
             if any(isinstance(one, TopKeys) and one.source is None for one in now):
                 for heads, one in store.full_calls(call):
@@ -310,13 +316,12 @@ class PlanExecutor:
         store.append_passing(*new)  # a chunk's first rows still see what its last ones push out
         return output
 
-    def _by_parts(
-        self, call: AttentionCall, patterns: list[Pattern], now: list[Pattern], state: _LayerState, store: LayerStore
-    ) -> Tensor:
+    def _by_parts(self, call: AttentionCall, patterns: list[Pattern], now: list[Pattern], state: _LayerState, store: LayerStore) -> Tensor:
         """The same as ordinary calls over the parts of the store, sequence by sequence."""
         batch, heads, rows, _ = call.q.shape
         assert call.v is not None
         out = call.q.new_zeros(batch, rows, heads, call.v.shape[-1])
+        lse = torch.full((batch, heads, rows), -torch.inf, dtype=torch.promote_types(call.q.dtype, torch.float32), device=call.q.device)
         for b in range(batch):
             found: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
             for own, one, seen in subcalls(store, call, b, now):
@@ -330,12 +335,13 @@ class PlanExecutor:
                 self.ran[sparse_backend(one, resolved)] += 1
             for own_heads, parts in found.items():
                 sinks = None if call.sink_logits is None else call.sink_logits[list(own_heads)]
-                output = joined(parts, sinks)[0]
+                output, total = joined(parts, sinks)
                 out[b, rows - output.shape[1] :, list(own_heads)] = output[0].to(out.dtype)
+                lse[b, list(own_heads), rows - output.shape[1] :] = total[0].to(lse.dtype)
         dense = sum(isinstance(pattern, Dense) for pattern in now)
         self.report["dense"] += dense
         self.report["sparse"] += len(now) - dense
-        return out
+        return with_sums(store, call, out, lse)[0] if rows == 1 else out
 
     def _compress(self, store: LayerStore, patterns: list[Pattern], state: _LayerState) -> None:
         """At the first decode step: drop what the budgets leave out."""
@@ -346,45 +352,21 @@ class PlanExecutor:
         if len(chosen) < len(heads):
             batch = 1 + max(b for b, _ in state.chosen)
             starts = [0] * batch if store.starts is None else store.starts.tolist()
-            listed = [[_as_chosen(state.chosen[b, head]) for head in heads] for b in range(batch)]
+            listed = [[as_chosen(state.chosen[b, head]) for head in heads] for b in range(batch)]
             choice = Choice.of(listed, heads, starts, store.device)
         else:
             choice = Choice.of_rows(chosen)
-        state.memory.take(choice)
         store.compress(choice)
+        for head in heads:  # what lies in the store itself need not be remembered here
+            state.memory.keys.pop(head, None)
+        left = {head: choice.row(head) for head in heads if not store.compressed(head)}
+        if left:
+            state.memory.take(Choice.of_rows(left))
 
     def __repr__(self) -> str:
         ran = ", ".join(f"{count} {what}" for what, count in self.report.items()) or "nothing yet"
         why = "".join(f"; {count} calls left to the model: {reason}" for reason, count in self.reasons.items())
         return f"PlanExecutor({self.plan.method!r}: ran {ran}{why})"
-
-
-def _phase(pattern: Pattern, decode: bool) -> Pattern:
-    """What a pattern means in this phase: prefill-only rules decode dense, decode-only rules prefill dense."""
-    prefill_only = isinstance(pattern, VerticalSlash | TopBlocks | Choosing)
-    decode_only = isinstance(pattern, Budget | TopKeys)
-    return Dense() if (decode and prefill_only) or (not decode and decode_only) else pattern
-
-
-def _as_chosen(pattern: Pattern) -> Chosen:
-    assert isinstance(pattern, Chosen)
-    return pattern
-
-
-def _refuse_holes(call: AttentionCall) -> None:
-    """A freeing cache knows where a text starts, and nothing of tokens that are hidden in its middle or at its end."""
-    valid = call.mask.key_valid
-    if valid is None or call.q.shape[2] == 1:
-        return
-    start = torch.zeros(1, dtype=torch.int64, device=valid.device) if call.first_token is None else call.first_token.to(valid.device)
-    expected = torch.arange(valid.shape[1], device=valid.device) + call.key_offset >= start[:, None]
-    if bool((valid != expected).any() | ~valid[:, -1].all()):
-        raise refusal(
-            PlanError,
-            "a mask that hides more than the padding before a text",
-            "a freeing cache would keep those tokens as if they were text",
-            "pad on the left (tokenizer.padding_side = 'left'), or use the model's own cache",
-        )
 
 
 def on_device(call: AttentionCall) -> bool:
@@ -393,7 +375,9 @@ def on_device(call: AttentionCall) -> bool:
 
 
 @contextmanager
-def executing(scope: Scope, plan: SparsePlan, *, force: bool = False, cache: CacheKind = "model", fallback: bool = True) -> Iterator[PlanExecutor]:
+def executing(
+    scope: Scope, plan: SparsePlan, *, force: bool = False, cache: CacheKind = "model", fallback: bool = True
+) -> Iterator[PlanExecutor]:
     """Runs the model under a plan inside the block: see `Scope.execute`."""
     if cache not in CACHES:
         raise unknown_name(PlanError, "cache", cache, CACHES)
@@ -402,21 +386,10 @@ def executing(scope: Scope, plan: SparsePlan, *, force: bool = False, cache: Cac
     windows = {module.layer or 0: module.window for module in modules}
     executor = PlanExecutor(plan, windows=windows, watching=lambda: scope.active_besides_plans, fallback=fallback)
     if cache == "free":
-        _refuse_unfreeable(scope)
+        refuse_unfreeable(scope)
         executor._make = lambda: FreeCache(plan, modules)
     try:
         with scope.executing(executor):
             yield executor
     finally:
         executor.close()
-
-
-def _refuse_unfreeable(scope: Scope) -> None:
-    """A freeing cache needs a causal decoder whose every layer keeps keys and values."""
-    why = ""
-    if not scope.host.takes_text or not scope.model.can_generate() or scope.model.config.is_encoder_decoder:
-        why = "it is not a causal model that generates"
-    elif list(scope.topology.layers) != list(range(len(scope.topology.layers))) or any(not module.causal for module in scope.topology.main):
-        why = "some of its layers have no causal attention"
-    if why:
-        raise refusal(PlanError, f"a freeing cache for {scope.name}", why, "run the plan without cache=")

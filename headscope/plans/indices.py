@@ -238,8 +238,26 @@ def budget(call: AttentionCall, head: int, pattern: Pattern) -> Chosen:
 def top_keys(call: AttentionCall, head: int, pattern: Pattern) -> Chosen:
     """For a decode row: the keys of largest weight, the first ones and the last ones."""
     assert isinstance(pattern, TopKeys)
+    if pattern.block > 1:
+        return _top_key_blocks(call, head, pattern)
     rows, first = last_weights(call, head, 1)
     since = max(0, first + 1 - pattern.window)
     inside = rows[0, :since].clone()
     inside[: pattern.sink] = torch.inf
     return Chosen(tuple(_largest(inside, pattern.keep)), since)
+
+
+def _top_key_blocks(call: AttentionCall, head: int, pattern: TopKeys) -> Chosen:
+    """The same in whole blocks, by what stands for them; the window reaches back to the end of the last whole block before it."""
+    start, size = _start(call), pattern.block
+    row = call.query_offset + call.q.shape[2] - 1 - start
+    count = max(0, row + 1 - pattern.window) // size
+    skip = max(0, start - call.key_offset)
+    q = call.q[0, head, -1].double().cpu()
+    k = call.k[0, head // call.group, skip : skip + count * size].double().cpu().unflatten(0, (count, size)) if count else None
+    if k is None:
+        return Chosen((), 0)
+    scores = k.mean(1) @ q if pattern.estimate == "mean" else k.amax(1) @ q.clamp(min=0) + k.amin(1) @ q.clamp(max=0)
+    scores[: -(-pattern.sink // size)] = torch.inf
+    chosen = _largest(scores, max(1, pattern.keep // size))
+    return Chosen(tuple(one * size + at for one in chosen for at in range(size)), count * size)

@@ -195,7 +195,9 @@ class Strided(Pattern):
         return always[None, :] | (rows[:, None] - keys[None, :] < self.window)
 
     def kept(self, length: int) -> float:
-        return _count(self, length)
+        keys = torch.arange(max(0, length - self.window))  # what lies behind some row's window
+        always = (keys < self.sink) | ((keys // self.block) % self.stride == self.offset)
+        return _triangle(length, self.window) + float(always.cumsum(0).sum())
 
     def cached(self, length: int) -> float:
         keys = torch.arange(length)
@@ -224,7 +226,24 @@ class Power(Pattern):
         return power | (keys < self.sink)[None, :] | (rows[:, None] - keys[None, :] < self.window)
 
     def kept(self, length: int) -> float:
-        return _count(self, length)
+        rows = torch.arange(length)
+        tile, behind = rows // self.block, rows - self.window + 1  # keys 0 .. behind - 1 lie behind the window
+        total = torch.zeros(length, dtype=torch.int64)
+
+        def add(start: Tensor, end: Tensor, wanted: Tensor) -> None:
+            nonlocal total
+            total = total + (torch.minimum(end, behind) - start).clamp(min=0) * wanted
+
+        step = 1
+        while step <= int(tile[-1]):
+            add((tile - step) * self.block, (tile - step + 1) * self.block, tile >= step)
+            step *= 2
+        for first in range(-(-self.sink // self.block)):
+            gap = tile - first
+            listed = (gap > 0) & ((gap & (gap - 1)) == 0)
+            begin = torch.full_like(tile, first * self.block)
+            add(begin, torch.full_like(tile, min(self.sink, (first + 1) * self.block)), ~listed)
+        return _triangle(length, self.window) + float(total.sum())
 
     def cached(self, length: int) -> float:
         return length  # which tile is at a power of two changes with every tile, so all must stay
@@ -254,7 +273,10 @@ class Lines(Pattern):
         return torch.isin(keys, torch.tensor(self.columns, dtype=torch.int64))[None, :] | diagonal
 
     def kept(self, length: int) -> float:
-        return _count(self, length)
+        columns = torch.tensor([one for one in self.columns if one < length], dtype=torch.int64)
+        diagonals = torch.tensor(sorted({0, *(one for one in self.diagonals if one < length)}), dtype=torch.int64)
+        both = torch.searchsorted(diagonals, length - columns)  # diagonals that a column meets within the text
+        return float((length - columns).sum() + (length - diagonals).sum() - both.sum())
 
     def cached(self, length: int) -> float:
         inside = {one for one in self.columns if one < length}
@@ -316,11 +338,7 @@ class Blocks(Pattern):
         return length
 
 
-def _count(pattern: Pattern, length: int, step: int = 1024) -> float:
-    """Kept causal entries, row by row in strips."""
-    keys = torch.arange(length)
-    total = 0
-    for start in range(0, length, step):
-        rows = torch.arange(start, min(length, start + step))
-        total += int((pattern.visible(rows, keys[: start + step]) & (keys[None, : start + step] <= rows[:, None])).sum())
-    return float(total)
+def _triangle(length: int, window: int) -> float:
+    """Causal entries of a window."""
+    full = min(length, window)
+    return full * (full + 1) / 2 + (length - full) * window

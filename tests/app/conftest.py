@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +167,6 @@ def plain() -> Callable[[Any], str]:
 @pytest.fixture
 def damaged(synthetic: Synthetic, tmp_path: Path) -> Path:
     """A runs directory with a whole run, one cut short, one without a card, and things that are no runs."""
-    import shutil
-
     for name in ("whole", "short", "bare"):
         shutil.copytree(synthetic.path, tmp_path / "runs" / name)
     with (tmp_path / "runs" / "short" / "statistics.safetensors").open("r+b") as file:
@@ -176,3 +178,144 @@ def damaged(synthetic: Synthetic, tmp_path: Path) -> Path:
     shutil.copytree(synthetic.path, tmp_path / "outside")
     (tmp_path / "runs" / "link").symlink_to(tmp_path / "outside")
     return tmp_path / "runs"
+
+
+class Visit:
+    """A page in a real browser, the address of the server, and everything that went wrong."""
+
+    WAIT = 20_000  # ms; the machine may be busy
+    GRID = "#grid .heatmaplayer image"
+    MAP = ".viewer canvas"
+    SHARP = "(() => { const v = document.querySelector('.viewer').hsViewer; return v && v.stats.sharp > 0; })()"
+    Z_OF_CELL = "([id, row, column]) => document.querySelector(`#${id} .js-plotly-plot`).calcdata[0][0].z[row][column]"
+
+    def __init__(self, browser: Any, base: str, scheme: str = "light") -> None:
+        self.page = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme).new_page()
+        self.base = base
+        self.wrong: list[str] = []
+        wrong = self.wrong.append
+        self.page.on("console", lambda message: wrong(message.text) if message.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: wrong(str(error)))
+        self.page.on("request", lambda request: None if request.url.startswith((base, "data:", "blob:")) else wrong(request.url))
+        self.page.on("response", lambda answer: wrong(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
+
+    def go(self, path: str, drawn: str) -> None:
+        self.page.goto(self.base + path)
+        self.see(drawn)
+
+    def see(self, drawn: str) -> None:
+        self.page.wait_for_selector(drawn, state="attached", timeout=self.WAIT)
+
+    def sharp(self) -> None:
+        """Waits until every tile in sight is there."""
+        self.until(self.SHARP)
+
+    def viewer(self, expression: str) -> Any:
+        """An expression of the viewer `v`."""
+        return self.page.evaluate(f"(() => {{ const v = document.querySelector('.viewer').hsViewer; return {expression}; }})()")
+
+    def middle_of(self, query: float, key: float) -> tuple[float, float]:
+        """Where a cell of the map is on the page."""
+        box = self.page.locator(".viewer").first.bounding_box()
+        assert box is not None
+        x, y = self.viewer(f"[v.box.x + ({key} + 0.5 - v.view.k) / v.view.s, v.box.y + ({query} + 0.5 - v.view.q) / v.view.s]")
+        return box["x"] + x, box["y"] + y
+
+    def z(self, graph: str, row: int, column: int) -> float:
+        return float(self.page.evaluate(self.Z_OF_CELL, [graph, row, column]))
+
+    def until(self, expression: str) -> None:
+        """Waits until an expression is true in the page; asked from here, since the page's policy forbids it to evaluate strings."""
+        end = time.monotonic() + self.WAIT / 1000
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, expression
+            self.page.wait_for_timeout(30)
+
+    def wait_for_url(self, pattern: str) -> None:
+        self.page.wait_for_url(re.compile(pattern), timeout=self.WAIT)
+
+    def close(self) -> None:
+        self.page.context.close()
+        assert self.wrong == []
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
+    arguments = ["--enable-precise-memory-info", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Callable[[Path], str]]:
+    """Serves the dashboard on a directory until the module's tests are over; returns its address."""
+    from waitress import create_server
+
+    servers = []
+
+    def serve(path: Path) -> str:
+        server = create_server(create_app(path).server, host="127.0.0.1", port=0, threads=4)
+        threading.Thread(target=server.run, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.effective_port}"
+
+    yield serve
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def gallery(synthetic: Synthetic, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs to look at: a small one, the same with other numbers, one of 2,000 tokens with q and k, one with pictures; and a plan."""
+    from headscope.plans import SparsePlan
+    from headscope.plans.patterns import Streaming
+    from headscope.plans.plan import PlanModel
+    from headscope.store import PictureFacts, Pictures, open_run
+    from headscope.store.read import read_card
+    from headscope.store.synthetic import write_synthetic_run
+
+    folder = tmp_path_factory.mktemp("gallery")
+    shutil.copytree(synthetic.path, folder / "tiny")
+    card, table = {**read_card(synthetic.path), "files": {}}, synthetic.table.copy()
+    table["sink"] = table["sink"][::-1].to_numpy()
+    write_run(folder / "after", card, table, open_run(synthetic.path))
+    write_synthetic_run(folder / "long", tokens=2000, layers=2, heads=2, kv_heads=1, width=16, block=16)
+    model = PlanModel("synthetic", (0, 1), (2, 2), (1, 1), (16, 16))
+    SparsePlan.uniform(model, Streaming(4, 100)).save(folder / "stream.json")
+    rng = np.random.default_rng(0)
+    weights = rng.dirichlet(np.ones(24), (LAYERS, HEADS, 3)).astype(np.float32)
+    facts = PictureFacts("answer", ("two", "red", "cats"), (4, 6), "what is there?", "two red cats")
+    picture = Pictures(facts, rng.integers(0, 255, (1, 40, 60, 3), dtype=np.uint8), weights)
+    write_run(folder / "seen", card, synthetic.table, RunContent(tuple(range(LAYERS)), pictures=picture))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gallery_address(gallery: Path, serving: Callable[[Path], str]) -> str:
+    return serving(gallery)
+
+
+@pytest.fixture
+def open_visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """Opens pages of any server; each must end without an error."""
+    opened: list[Visit] = []
+
+    def visit_of(base: str, scheme: str = "light") -> Visit:
+        opened.append(Visit(browser, base, scheme))
+        return opened[-1]
+
+    yield visit_of
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def visit(open_visit: Callable[..., Visit], gallery_address: str) -> Visit:
+    """A page of the gallery."""
+    return open_visit(gallery_address)

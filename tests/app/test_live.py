@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ PROMPT = (
 
 @pytest.fixture(scope="module")
 def owner() -> Iterator[ModelOwner]:
-    opened = ModelOwner(lambda: hs.load("bundled:needle"), "bundled:needle")
+    opened = ModelOwner(load=lambda: hs.load("bundled:needle"), name="bundled:needle")
     yield opened
     opened.close()
 
@@ -118,9 +119,8 @@ def test_one_at_a_time_in_order_and_a_waiting_one_can_be_cancelled() -> None:
 
         return run
 
-    owner = ModelOwner(lambda: None)  # type: ignore[arg-type,return-value]
-    owner._scope = object()  # type: ignore[assignment]
-    owner._load = None
+    model: Any = object()
+    owner = ModelOwner(model)
     jobs = [owner.submit(name, work(name)) for name in "abcd"]
     while jobs[0].state != "running":
         time.sleep(0.005)
@@ -153,7 +153,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_jobs_and_says_why() -> None:
     def load() -> hs.Scope:
         raise ModelError("no such model")
 
-    owner = ModelOwner(load, "nothing")
+    owner = ModelOwner(load=load, name="nothing")
     while not owner.error:
         time.sleep(0.005)
     with pytest.raises(UnavailableError, match="no such model"):

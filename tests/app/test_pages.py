@@ -96,7 +96,7 @@ def test_the_table_callback(request_context) -> None:
     rows, columns, note = heads.fill_table("tiny", "distance")
     assert len(rows) == 12
     assert columns[4]["headerName"] == "Distance"
-    assert note == "click a row to open the head"
+    assert note == "click a row to open the head, tick rows to pin them"
 
 
 def test_the_head_page_is_drawn_in_the_scheme_of_the_cookie(synthetic, plain) -> None:

@@ -103,6 +103,25 @@ def test_nothing_in_the_document_or_the_assets_comes_from_elsewhere(client) -> N
         assert "//" not in re.sub(r"/\*.*?\*/", "", (folder / name).read_text(), flags=re.DOTALL)
 
 
+def test_large_answers_are_packed_and_the_same(client) -> None:
+    import gzip
+
+    document = client.get("/", headers=LOCAL).get_data(as_text=True)
+    scripts = [*re.findall(r'src="(/[^"]+)"', document), "/_dash-component-suites/plotly/package_data/plotly.min.js"]
+    for path in scripts:
+        packed = client.get(path, headers={**LOCAL, "Accept-Encoding": "gzip, br"})
+        assert len(packed.data) < 2_000_000, path
+        plain = client.get(path, headers=LOCAL)
+        assert "Content-Encoding" not in plain.headers
+        if len(plain.data) > 4_096:
+            assert packed.headers["Content-Encoding"] == "gzip"
+            assert "Accept-Encoding" in packed.headers["Vary"]
+            assert gzip.decompress(packed.data) == plain.data
+    assert max(len(client.get(path, headers=LOCAL).data) for path in scripts) > 4_000_000
+    small = client.get("/assets/logo.svg", headers={**LOCAL, "Accept-Encoding": "gzip"})
+    assert "Content-Encoding" not in small.headers
+
+
 def test_a_large_request_is_refused(client) -> None:
     body = json.dumps({"output": "x", "inputs": ["y" * (1 << 20)]})
     assert client.post("/_dash-update-component", data=body, content_type="application/json", headers=LOCAL).status_code == 413

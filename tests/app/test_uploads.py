@@ -53,6 +53,19 @@ def test_a_whole_run_gets_in_and_is_the_same(synthetic, root: Path, prefix: str)
     assert sorted(path.name for path in root.iterdir()) == ["my-run", "my-run-2"]
 
 
+@pytest.mark.parametrize("name", ["long", "seen"])
+def test_runs_with_q_and_k_or_pictures_get_in(gallery: Path, root: Path, name: str) -> None:
+    assert receive(io.BytesIO(archive(gallery / name)), root, "new") == "new"
+    first, second = open_run(gallery / name), open_run(root / "new")
+    assert first.files == second.files
+    if name == "long":
+        assert (first.window(1, 0, 900, 910, 800, 830) == second.window(1, 0, 900, 910, 800, 830)).all()
+    else:
+        assert first.pictures is not None
+        assert second.pictures is not None
+        assert (first.pictures.head(1, 2) == second.pictures.head(1, 2)).all()
+
+
 def refused(data: bytes, root: Path, message: str) -> None:
     with pytest.raises(RunError, match=message):
         receive(io.BytesIO(data), root, "new")
@@ -166,6 +179,17 @@ def test_a_dashboard_of_one_run_takes_in_no_other(synthetic) -> None:
     answer = create_app(synthetic.path).server.test_client().post("/api/upload?name=a.zip", data=archive(synthetic.path), headers=SEND)
     assert answer.status_code == 400
     assert "shows one run" in answer.get_data(as_text=True)
+
+
+def test_what_a_killed_server_left_is_cleared_by_the_next_upload(synthetic, root: Path) -> None:
+    import os
+
+    for name, age in (("old", 7 * 3600), ("new", 60)):
+        (root / f".upload-{name}").mkdir()
+        (root / f".upload-{name}" / "archive.zip").write_bytes(b"x")
+        os.utime(root / f".upload-{name}", (os.path.getmtime(root) - age,) * 2)
+    receive(io.BytesIO(archive(synthetic.path)), root, "run")
+    assert sorted(path.name for path in root.iterdir()) == [".upload-new", "run"]
 
 
 def test_names_are_made_of_file_names() -> None:

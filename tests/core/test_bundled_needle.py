@@ -12,6 +12,7 @@ import headscope as hs
 from headscope.models.bundled import data_needle as data
 from headscope.models.bundled import row_of
 from headscope.models.bundled.evaluate_needle import TRUTH_LENGTH, accuracy, looking
+from headscope.models.bundled.train_needle import DESIGNATED
 from headscope.models.bundled.training import generator
 
 STREAM = (16, 256)
@@ -33,13 +34,14 @@ def truth():
 
 
 def test_the_record_meets_its_bars(record):
-    """256 haystacks of a kind at 8,192 tokens: 0.95 over both kinds. Entries alone are a little below, which the card says."""
+    """256 haystacks of a kind up to 8,192 tokens, 64 at 16,384; needles that have words in common are told apart."""
     assert record["counts"]["8192"] >= 256
     assert record["counts"]["16384"] >= 64
     for length in ("512", "1024", "2048", "4096", "8192", "16384"):
-        assert (record["code"][length] + record["entry"][length]) / 2 >= 0.95, length
+        assert min(record["code"][length], record["entry"][length]) >= 0.98, length
     for kind in ("code", "entry"):
-        assert record[kind]["8192"] >= 0.94
+        assert record[f"{kind}_alike_1024"] >= 0.95
+        assert record[f"{kind}_32_needles_8192"] >= 0.95
         assert record[f"{kind}_streaming"]["8192"] <= 0.05
         assert record[f"{kind}_streaming"]["2048"] <= 0.15
 
@@ -47,8 +49,7 @@ def test_the_record_meets_its_bars(record):
 @pytest.mark.parametrize("kind", ["code", "entry"])
 def test_needles_are_found_in_haystacks_nobody_has_seen(scope, record, kind):
     found = accuracy(scope.model, kind, 1024, 24, seed=99)
-    assert found == pytest.approx(record[kind]["1024"], abs=0.13)
-    assert found >= 0.87
+    assert found == pytest.approx(record[kind]["1024"], abs=0.05)
 
 
 def test_a_needle_at_8192_tokens(scope):
@@ -75,16 +76,42 @@ def test_ablation_destroys_the_task_where_the_record_says_so(scope, truth):
     assert task([(layer, head)]) >= 0.85
 
 
+def both(scope, length, count, **options):
+    """Accuracy in value words over codes and entries."""
+    return sum(accuracy(scope.model, kind, length, count, values_only=True, **options) for kind in ("code", "entry")) / 2
+
+
 def test_the_retrieval_heads_look_at_the_needle_and_no_others_do(scope, truth):
-    """The record, measured again on haystacks of its own: from where a word is predicted, at that word in the needle."""
+    """The record, measured again: from where a word is predicted, at that word in the needle. They are the heads designated in training."""
     score = looking(scope.model, 2)
     listed = {(layer, head) for layer, head, _ in truth["retrieval"]}
-    assert len(listed) >= 4
-    strong = {tuple(pair) for pair in (score > 0.4).nonzero().tolist()}
-    assert strong <= listed
-    assert all(score[layer, head] > 0.5 for layer, head, value in truth["retrieval"] if value > 0.9)
-    assert truth["without_retrieval"] <= 0.1
-    assert accuracy(scope.model, "code", TRUTH_LENGTH, 8, heads=sorted(listed), values_only=True) <= 0.13
+    assert listed == {(layer, head) for layer, far in DESIGNATED.items() for head in range(2 * far)}
+    known = torch.zeros_like(score, dtype=torch.bool)
+    for layer, head in listed:
+        known[layer, head] = True
+    assert float(score[known].min()) > 0.9
+    assert float(score[~known].max()) < 0.1
+
+
+def test_without_the_retrieval_heads_nothing_is_found_and_as_many_others_cost_little(scope, truth):
+    listed = [(layer, head) for layer, head, _ in truth["retrieval"]]
+    assert truth["without_retrieval"] <= 0.05
+    assert len(truth["without_random"]) == 5
+    assert truth["base"] - min(truth["without_random"]) < 0.1
+    assert both(scope, TRUTH_LENGTH, 8, heads=listed) <= 0.07
+    others = [(layer, head) for layer in range(6) for head in range(8) if (layer, head) not in listed]
+    whole = both(scope, TRUTH_LENGTH, 8)
+    for draw in range(3):
+        order = torch.randperm(len(others), generator=generator(100 + draw, "cpu"))[: len(listed)]
+        assert whole - both(scope, TRUTH_LENGTH, 8, heads=[others[place] for place in order]) < 0.1
+
+
+def test_the_other_heads_may_stream(scope, truth):
+    """Only the key heads of the retrieval heads see all keys: not one point is lost, where all heads streaming lose everything."""
+    for few, full in truth["others_streaming"].values():
+        assert full - few < 0.01
+    keep = sorted({(layer, head // 2) for layer, head, _ in truth["retrieval"]})
+    assert both(scope, 2048, 6, stream=STREAM, keep=keep) == both(scope, 2048, 6) >= 0.9
 
 
 def test_a_text_is_answered_word_by_word(scope):

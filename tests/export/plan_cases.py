@@ -72,4 +72,6 @@ def alike(first: Pattern, second: Pattern, length: int = LENGTH) -> bool:
 
 def close(first: dict[tuple[int, int], float], second: dict[tuple[int, int], float]) -> bool:
     """True when two tables of scores are equal to the last bit, NaN to NaN."""
-    return first.keys() == second.keys() and all(one == second[place] or (math.isnan(one) and math.isnan(second[place])) for place, one in first.items())
+    return first.keys() == second.keys() and all(
+        one == second[place] or (math.isnan(one) and math.isnan(second[place])) for place, one in first.items()
+    )

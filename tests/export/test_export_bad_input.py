@@ -82,7 +82,7 @@ def test_every_format_of_plans_is_refused_something() -> None:
 
 @pytest.mark.parametrize("name", [*PLANS, "retrieval-head"])
 def test_models_that_a_table_cannot_hold(name: str, tmp_path: Path) -> None:
-    """Layers with other numbers of heads, and layers without attention between: refused where they would shift, exact where they are named."""
+    """Layers with other numbers of heads, or without attention between them: refused where they would shift, exact where they are named."""
     tables = {"duo-attention", "kvpress", "minference", "vllm-dual-chunk", "sglang-dual-chunk", "moa", "xattention", "retrieval-head"}
     for model, named in ((RAGGED, {"block-sparse-attention", "rtp-llm"}), (HOLES, {"transformers"})):
         source: Any = SparsePlan.uniform(model, Dense())
@@ -111,7 +111,7 @@ def test_paths_that_exist(tmp_path: Path) -> None:
     out = tmp_path / "out"
     STREAMING.export("moa", out)
     first = (out / "moa_alpha_beta.json").read_bytes()
-    with pytest.raises(ExportError, match="it exists already.*--force"):
+    with pytest.raises(ExportError, match=r"it exists already.*--force"):
         STREAMING.export("moa", out)
     other = SparsePlan.uniform(WHOLE, Dense())
     other.export("moa", out, force=True)
@@ -276,7 +276,9 @@ def test_cut_or_flipped_files_are_read_right_or_refused(name: str, data: st.Data
     form = find(name)
     good = tmp_path / "good"
     if not good.exists():
-        source: Any = SparsePlan.uniform(WHOLE, Streaming(64, 65)) if form.plans else scored({"retrieval": dict.fromkeys(GROUPED.places, 0.5)})
+        source: Any = (
+            SparsePlan.uniform(WHOLE, Streaming(64, 65)) if form.plans else scored({"retrieval": dict.fromkeys(GROUPED.places, 0.5)})
+        )
         source.export(name, good, lossy=True, length=LENGTH)
     raw = bytearray((good / form.main).read_bytes())
     if data.draw(st.booleans()):
@@ -304,9 +306,9 @@ def test_missing_huge_and_foreign_files(tmp_path: Path, monkeypatch: pytest.Monk
     big = tmp_path / "big.json"
     with big.open("wb") as file:
         file.truncate(files.LIMIT + 1)
-    with pytest.raises(ExportError, match="257 MiB|256 MiB"):
+    with pytest.raises(ExportError, match=r"256 MiB"):
         read(big, "moa")
-    with pytest.raises(ExportError, match="directory|no such file"):
+    with pytest.raises(ExportError, match=r"directory|no such file"):
         read(tmp_path, "moa")
     (tmp_path / "latin.json").write_bytes('{"alphas": "é"}'.encode("latin-1"))
     with pytest.raises(ExportError, match="UTF-8"):
@@ -345,9 +347,16 @@ def test_tables_of_tensors_that_contradict_each_other(tmp_path: Path) -> None:
 
     plan = SparsePlan.uniform(WHOLE, Blocks(((0,), (1,)), 128))
     changes: dict[str, list[dict[str, np.ndarray]]] = {
-        "cudnn": [{"functions": np.full((1, 3, 9), 99, np.int32)}, {"layer.0": np.array([7, 0, 0], np.int32)}, {"functions": np.zeros((1, 2, 9), np.int32)}],
+        "cudnn": [
+            {"functions": np.full((1, 3, 9), 99, np.int32)},
+            {"layer.0": np.array([7, 0, 0], np.int32)},
+            {"functions": np.zeros((1, 2, 9), np.int32)},
+        ],
         "flex-attention": [{"length": np.array([9])}, {"layer.1.kind": np.array([5, 0, 0], np.int32)}, {"side": np.array([0.5])}],
-        "block-sparse-attention": [{"head_mask_type": np.array([[3, 0, 0], [0, 0, 0]], np.int32)}, {"streaming_info": np.zeros((2, 5), np.int32)}],
+        "block-sparse-attention": [
+            {"head_mask_type": np.array([[3, 0, 0], [0, 0, 0]], np.int32)},
+            {"streaming_info": np.zeros((2, 5), np.int32)},
+        ],
     }
     for name, several in changes.items():
         plan.export(name, tmp_path / name, length=LENGTH, lossy=True)

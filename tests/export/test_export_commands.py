@@ -87,11 +87,13 @@ def test_refusals_are_one_line_and_exit_code_1(headscope: Run, tmp_path: Path) -
 def test_scores_of_a_run(headscope: Run, tmp_path: Path) -> None:
     values = {place: number / 11 for number, place in enumerate(GROUPED.places)}
     scored({"retrieval": values}).save(tmp_path / "run")
-    code, out, err = headscope("export", tmp_path / "run", "--format", "retrieval-head", "--out", tmp_path / "out")
+    code, _, _ = headscope("export", tmp_path / "run", "--format", "retrieval-head", "--out", tmp_path / "out")
     assert code == 0
     found = json.loads((tmp_path / "out" / "head_score.json").read_text())
     assert found == {f"{layer}-{head}": [value] for (layer, head), value in values.items()}
-    code, out, err = headscope("import", tmp_path / "out", "--format", "retrieval-head", "--out", tmp_path / "back", "--plan", tmp_path / "p.json")
+    code, _, err = headscope(
+        "import", tmp_path / "out", "--format", "retrieval-head", "--out", tmp_path / "back", "--plan", tmp_path / "p.json"
+    )
     assert code == 1
     assert "scores and no plan" in err
     assert not (tmp_path / "back").exists()
@@ -118,14 +120,14 @@ def test_like_names_a_run_or_a_plan(headscope: Run, tmp_path: Path) -> None:
 
 
 def test_formats_lists_all_and_pages_say_what_they_lack(headscope: Run) -> None:
-    code, out, err = headscope("formats", "--json")
+    code, out, _ = headscope("formats", "--json")
     rows = json.loads(out)["formats"]
     assert [row["name"] for row in rows] == list(FORMATS)
     assert all(row["holds"] and row["lacks"] and row["page"] and row["reader"] and row["engine"] for row in rows)
-    code, out, err = headscope("formats")
+    code, out, _ = headscope("formats")
     assert all(name[:8] in out for name in FORMATS)
     for name, form in FORMATS.items():
-        code, out, err = headscope("formats", name)
+        code, out, _ = headscope("formats", name)
         assert code == 0
         assert form.main in out
         assert all(line.split(",")[0] in out for line in (*form.holds, *form.lacks))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headscope.call import AttentionCall, MaskFacts
 from headscope.errors import ExportError
 from headscope.export import read
-from headscope.plans import Blocks, Budget, Dense, Pattern, PlanModel, SparsePlan, Span, Streaming, Strided, TopBlocks, VerticalSlash
+from headscope.plans import Blocks, Budget, Dense, Pattern, PlanModel, Span, SparsePlan, Streaming, Strided, TopBlocks, VerticalSlash
 from headscope.plans.indices import choose
 
 from .plan_cases import GROUPED, LENGTH, STATIC, WHOLE, mask, plans
@@ -34,7 +34,9 @@ GATES = st.sets(st.tuples(st.integers(0, 2), st.integers(0, 1)))
 
 @QUICK
 @given(dense=GATES, sink=st.integers(0, 6), window=st.integers(2, 9), seed=st.integers(0, 2**32 - 1))
-def test_duo_attention_keeps_the_heads_whatever_the_noise(dense: set[tuple[int, int]], sink: int, window: int, seed: int, tmp_path: Path) -> None:
+def test_duo_attention_keeps_the_heads_whatever_the_noise(
+    dense: set[tuple[int, int]], sink: int, window: int, seed: int, tmp_path: Path
+) -> None:
     plan = gated(GROUPED, dense, Streaming(sink, window))
     out = tmp_path / "duo"
     report = plan.export("duo-attention", out, force=out.exists())
@@ -59,7 +61,9 @@ def test_duo_attention_reads_recent_0_as_every_key_so_a_window_of_1_is_written_a
 
 @QUICK
 @given(dense=GATES, sink=st.integers(0, 6), window=st.integers(2, 9))
-def test_kvpress_masks_what_the_plan_drops_at_the_first_decoded_row(dense: set[tuple[int, int]], sink: int, window: int, tmp_path: Path) -> None:
+def test_kvpress_masks_what_the_plan_drops_at_the_first_decoded_row(
+    dense: set[tuple[int, int]], sink: int, window: int, tmp_path: Path
+) -> None:
     plan = gated(GROUPED, dense, Streaming(sink, window))
     out = tmp_path / "press"
     plan.export("kvpress", out, force=out.exists())
@@ -78,7 +82,9 @@ def call(seed: int, length: int = 180) -> AttentionCall:
     return AttentionCall("m", 0, q, k, k, 0.25, MaskFacts(causal=True))
 
 
-@pytest.mark.parametrize("pattern", [VerticalSlash(40, 110), VerticalSlash(5, 3), VerticalSlash(60, 130), Streaming(9, 21), Streaming(0, 1)])
+@pytest.mark.parametrize(
+    "pattern", [VerticalSlash(40, 110), VerticalSlash(5, 3), VerticalSlash(60, 130), Streaming(9, 21), Streaming(0, 1)]
+)
 def test_minference_computes_the_plan_on_the_same_queries_and_keys(pattern: Pattern, tmp_path: Path) -> None:
     """The entry, run by the engine's own index rules, keeps exactly what headscope's rule keeps."""
     SparsePlan.uniform(GROUPED, pattern).export("minference", tmp_path / "out")
@@ -91,10 +97,15 @@ def test_minference_computes_the_plan_on_the_same_queries_and_keys(pattern: Patt
 
 def test_minference_has_a_default_for_missing_heads_and_four_items(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
-    path.write_text(json.dumps([{"0": ["stream_llm", 4, 9, 0.5], "1": ["block_sparse", 1, 2, 7]}, {"1": ["vertical_and_slash", 31, 200, 1]}]))
+    path.write_text(
+        json.dumps([{"0": ["stream_llm", 4, 9, 0.5], "1": ["block_sparse", 1, 2, 7]}, {"1": ["vertical_and_slash", 31, 200, 1]}])
+    )
     found = read(path, "minference", length=12_800)
     assert found.plan_found is not None
-    assert [minference.Reader(path, 1).head(head) for head in (0, 1)] == [("vertical_and_slash", 1000, 6096), ("vertical_and_slash", 31, 200)]
+    assert [minference.Reader(path, 1).head(head) for head in (0, 1)] == [
+        ("vertical_and_slash", 1000, 6096),
+        ("vertical_and_slash", 31, 200),
+    ]
     assert dict(found.plan_found.patterns) == {
         (0, 0): Streaming(4, 9),
         (0, 1): TopBlocks(share=0.5, rule="pooled", block=64),
@@ -258,7 +269,9 @@ def test_block_sparse_attention_computes_every_key_of_the_plan(plan: SparsePlan,
 
 def test_xattention_keeps_the_blocks_that_the_threshold_asks_for(tmp_path: Path) -> None:
     masses = [0.3, 0.55, 0.8, 0.97]
-    plan = SparsePlan(GROUPED, {(layer, head): TopBlocks(mass=masses[head], rule="antidiagonal", stride=8) for layer, head in GROUPED.places})
+    plan = SparsePlan(
+        GROUPED, {(layer, head): TopBlocks(mass=masses[head], rule="antidiagonal", stride=8) for layer, head in GROUPED.places}
+    )
     plan = plan.replace({(1, 2): Dense()})
     plan.export("xattention", tmp_path / "out")
     space: dict[str, object] = {}

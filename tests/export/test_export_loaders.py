@@ -9,15 +9,28 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from headscope.errors import ExportError
 from headscope.export import FORMATS, read
+from headscope.export.flex_attention import block_lists
+from headscope.export.masks import tables
 from headscope.plans import Blocks, Budget, Dense, Lines, Pattern, Power, Span, SparsePlan, Streaming, Strided, TopBlocks, VerticalSlash
 from headscope.scope import Scope
 
-from .plan_cases import GROUPED, LENGTH, mask
+from .plan_cases import GROUPED, LENGTH, STATIC, mask
 
 TINY = {
     "vocab_size": 97,
@@ -156,6 +169,30 @@ def test_flex_blocks_are_full_partial_or_left_out(tmp_path: Path) -> None:
             full = one.full_kv_indices[0, head, row, : one.full_kv_num_blocks[0, head, row]].tolist()
             assert full == [at for at in range(3) if count[row, at] == 128 * 128]
             assert partial == [at for at in range(3) if 0 < count[row, at] < 128 * 128]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pattern=st.one_of(
+        STATIC,
+        st.builds(Power, st.integers(1, 300), st.sampled_from((48, 128, 200)), st.integers(0, 9)),
+        st.builds(Strided, st.integers(1, 300), st.integers(2, 4), st.integers(0, 1), st.sampled_from((100, 128, 256))),
+        st.builds(Streaming, st.integers(0, 600), st.integers(1, 900)),
+    ),
+    length=st.integers(1, 900),
+)
+def test_block_lists_are_counted_right_without_looking_at_every_entry(pattern: Pattern, length: int) -> None:
+    found = tables(pattern, length)
+    assert found is not None
+    tiles = -(-length // 128)
+    partial, listed, full, whole = block_lists(found, tiles)
+    pad = tiles * 128 - length
+    count = (
+        torch.nn.functional.pad(mask(pattern, length), (0, pad, 0, pad)).unflatten(0, (tiles, 128)).unflatten(2, (tiles, 128)).sum((1, 3))
+    )
+    for row in range(tiles):
+        assert sorted(whole[row, : full[row]].tolist()) == [at for at in range(tiles) if count[row, at] == 128 * 128]
+        assert sorted(listed[row, : partial[row]].tolist()) == [at for at in range(tiles) if 0 < count[row, at] < 128 * 128]
 
 
 # ---- the same tokens ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headscope.errors import ExportError
 from headscope.export import find
 from headscope.export.words import same, word
-from headscope.plans import Budget, Dense, Pattern, SparsePlan, Streaming, TopBlocks, VerticalSlash
+from headscope.plans import Budget, Dense, Pattern, Span, SparsePlan, Streaming, TopBlocks, VerticalSlash
 from headscope.profile import HeadProfile
 from headscope.scope import Scope
 
@@ -39,7 +39,9 @@ def scope() -> Scope:
 @pytest.fixture(scope="module")
 def run(scope: Scope) -> HeadProfile:
     """A run that kept q and k, so that kept mass is exact."""
-    return scope.profile(probes=["locality"], data=torch.randint(1, 97, (128,), generator=torch.Generator().manual_seed(2)), context=128, keep="all")
+    return scope.profile(
+        probes=["locality"], data=torch.randint(1, 97, (128,), generator=torch.Generator().manual_seed(2)), context=128, keep="all"
+    )
 
 
 def eager_kept(scope: Scope, run: HeadProfile, layer: int, head: int, pattern: Pattern) -> float:
@@ -152,3 +154,28 @@ def test_grouped_keys_are_refused_where_the_engine_has_none(tmp_path: Path) -> N
     report = plan.export("moa", tmp_path / "out", lossy=True)
     assert report.lossless
     assert any("gqa_to_mha" in note for note in report.notes)
+
+
+def test_growing_windows_are_fixed_at_the_length_and_compensation_is_said_to_be_lost(tmp_path: Path) -> None:
+    """RazorAttention's windows (a fifth of the text, 40 at least, with a compensation token) in engines that have fixed windows."""
+    span = Span(0, 0.2, 4, 40, compensate=True)
+    plan = SparsePlan.uniform(GROUPED, span)
+    plan = SparsePlan(plan.model, plan.patterns, "razor", {"length": 1000})
+    for name in ("duo-attention", "kvpress", "rtp-llm"):
+        report = plan.export(name, tmp_path / name, lossy=True)
+        found = find(name).read(tmp_path / name).plan_found
+        assert found is not None
+        assert set(found.patterns.values()) == {Streaming(4, 200)}
+        assert "the one at 1,000 tokens" in report.changed[0].why
+        assert "no compensation token" in report.changed[0].why
+    plan.export("duo-attention", tmp_path / "short", lossy=True, length=100)
+    found = find("duo-attention").read(tmp_path / "short").plan_found
+    assert found is not None
+    assert found[0, 0] == Streaming(4, 40)  # the floor, which is more than a fifth
+    plan.export("moa", tmp_path / "moa", lossy=True)
+    found = find("moa").read(tmp_path / "moa").plan_found
+    assert found is not None
+    for length in (64, 300, 1000, 5000):
+        written, asked = found[0, 0].fixed(length), span.at(length)
+        assert isinstance(written, Streaming)
+        assert written.window >= asked.window

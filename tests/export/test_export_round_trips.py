@@ -49,7 +49,7 @@ def values(profile: HeadProfile, metric: str, model: PlanModel) -> dict[tuple[in
 @QUICK
 @given(plan=plans())
 def test_what_a_format_holds_comes_back(form: Format, plan: SparsePlan, tmp_path: Path) -> None:
-    """decode(encode(fit(plan))) is fit(plan), head by head; fitting it again changes nothing; the file alone says so, without the report."""
+    """decode(encode(fit(plan))) is fit(plan), head by head; fitting it again changes nothing; the file says so without the report, too."""
     out = fresh(tmp_path)
     report = form.write(plan, out, lossy=True, length=LENGTH)
     wanted = fitted(form, plan)
@@ -71,7 +71,7 @@ def test_what_a_format_holds_comes_back(form: Format, plan: SparsePlan, tmp_path
 @QUICK
 @given(plan=plans())
 def test_rounding_up_loses_no_key(form: Format, plan: SparsePlan) -> None:
-    """A target that cannot hold a static pattern gets a larger one; transformers, which has no sinks, and MoA, whose sinks are 64, may not."""
+    """A target that cannot hold a window gets a larger one; so with sinks, but for transformers, which has none, and MoA, which has 64."""
     wanted = fitted(form, plan)
     for place, pattern in plan.patterns.items():
         asked, now = pattern.fixed(LENGTH), wanted[place].fixed(LENGTH)

@@ -26,7 +26,10 @@ from headscope.kernels.partial import select_heads
 from .dense_edits import Dense, close
 from .edit_cases import calls, in_dtype, make_call
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALLS = [(name, call) for name, call in calls(rows=70) if name != "no groups"]
 
@@ -54,7 +57,8 @@ def test_masses_and_shifted_equal_their_twins(name, call):
     codes = codes_of(exact, heads, 3)
     lse = naive_lse(exact).float().to(DEVICE)
     keys = triton_partial.listed(codes.to(DEVICE))
-    assert keys[0][: int(keys[1])].tolist() == codes.flatten(0, 1).ne(0).any(0).nonzero().flatten().tolist()
+    for place, row in enumerate(codes.flatten(0, 1)):
+        assert keys.keys[place, : int(keys.number[place])].tolist() == row.nonzero().flatten().tolist()
     found = triton_partial.masses(call, lse, codes.to(DEVICE), 2, keys).cpu().double()
     counts = Dense(exact).counts.transpose(1, 2)
     want = twins.naive_masses(exact, codes, 2)
@@ -74,6 +78,24 @@ def test_masses_and_shifted_equal_their_twins(name, call):
         assert float(error.abs().max()) < 1e-5, name
         kept = base.isnan().transpose(1, 2)
         assert torch.equal(got.cpu()[kept], z.float()[kept])
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_factors_by_their_formulas(others):
+    draw = torch.Generator().manual_seed(0)
+    m_s, m_t = torch.rand(2, 2, 3, 700, generator=draw)
+    m_s[0, 0, :5], m_t[0, 0, 5:9], m_s[1, 2, 3] = 0.0, 0.0, torch.nan
+    gate, rows = torch.rand(2, 3, 700, generator=draw) < 0.7, torch.rand(2, 700, generator=draw) < 0.7
+    given = [one.to(DEVICE) for one in (m_s, m_t, gate, rows)]
+    for some_gate, some_rows in ((None, None), (given[2], given[3]), (given[2], given[3][:1])):
+        base, kept, grown = (one.cpu() for one in triton_partial.factors(*given[:2], 0.3, some_gate, some_rows, others))
+        counts = (m_t >= 1e-12) & (m_s > 0) & (True if some_gate is None else gate)
+        edited = counts if some_rows is None else counts & rows[: len(some_rows), None]
+        gain = torch.where(counts, 1 + 0.7 * m_s / m_t, 1.0)
+        torch.testing.assert_close(grown, gain)
+        torch.testing.assert_close(kept, torch.where(counts, 0.3, 1.0))
+        want = torch.where(edited, gain if others else torch.ones_like(gain), torch.nan)
+        torch.testing.assert_close(base, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("target", ["others", "spare", "named"])

@@ -159,4 +159,6 @@ def compare(one: Step, found: tuple[torch.Tensor, torch.Tensor]) -> None:
     size = one.v.double().nan_to_num(0.0).abs().max()
     assert float(error.max()) <= unit * float(size), (float(error.max()), unit * float(size))
     live = torch.isfinite(exact_lse)
-    assert float((lse.double() - exact_lse)[live].abs().max() if live.any() else 0.0) <= 1e-5 * max(1.0, float(exact_lse[live].abs().max()) if live.any() else 1.0)
+    assert float((lse.double() - exact_lse)[live].abs().max() if live.any() else 0.0) <= 1e-5 * max(
+        1.0, float(exact_lse[live].abs().max()) if live.any() else 1.0
+    )

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="the gpu extra is not installed")
 
 import headscope.kernels.sparse_decode_host as host
 from headscope.call import AttentionCall, MaskFacts
-from headscope.errors import PlanError
+from headscope.errors import PlanError, UnavailableError
 from headscope.kernels.sparse_decode_call import decode_attention, decode_refuses, decode_worth_it, visits
+from headscope.kernels.sparse_dispatch import sparse_attention, sparse_backend
 from headscope.kernels.sparse_naive import naive_sparse_attention
 from headscope.plans import Blocks, Budget, Dense, Lines, Pattern, Power, Span, Streaming, Strided, TopKeys
 from headscope.plans.cache_store import LayerStore
@@ -69,6 +70,15 @@ def test_every_pattern_equals_its_naive_twin(padded: bool, offset: int) -> None:
     assert torch.allclose(found[1].double(), expected[1], atol=2e-6, rtol=0)
 
 
+def test_the_dispatcher_runs_it_by_name_and_refuses_what_it_does_not_take() -> None:
+    call = call_of()
+    found = sparse_attention(call, PATTERNS, backend="decode")
+    assert torch.equal(found[0], decode_attention(call, PATTERNS)[0])
+    assert sparse_backend(call, PATTERNS) == ("decode" if call.q.is_cuda else "blocked")
+    with pytest.raises(UnavailableError, match="chosen per input"):
+        sparse_attention(call, (TopKeys(4),) * 8, backend="decode")
+
+
 def test_a_few_rows_at_once() -> None:
     patterns = (Dense(), Streaming(3, 20), Span(2, 0.3, 4), Chosen((1, 5, 50), 70)) * 2
     for padded in (False, True):
@@ -92,11 +102,12 @@ def test_plans_that_keep_everything_equal_dense_attention() -> None:
 
 def test_lengths_may_change_without_cutting_the_work_anew() -> None:
     """As in a captured graph: rules, lists and work of the longest text, lengths read by the kernel."""
-    one = cases.step(3, (32,), (torch.float32,), 90)
-    for length in (one.q.shape[2], 7, 30, int(one.lengths.min())):
-        if length <= int(one.lengths.min()):
-            shorter = replace(one, lengths=torch.full_like(one.lengths, length), starts=torch.zeros_like(one.starts))
-            cases.compare(shorter, shorter.run())
+    one = cases.step(1, (32,), (torch.float32,), 90)
+    assert one.lists is not None
+    shortest = int(one.lengths.min())
+    for length in (max(one.q.shape[2], shortest // 3), shortest):
+        shorter = replace(one, lengths=torch.full_like(one.lengths, length), starts=torch.zeros_like(one.starts))
+        cases.compare(shorter, shorter.run())
 
 
 def test_a_mixed_store_is_read_as_it_lies() -> None:

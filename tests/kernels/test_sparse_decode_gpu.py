@@ -33,7 +33,10 @@ def test_random_steps(seed: int) -> None:
 def test_a_captured_graph_follows_lengths_rules_and_lists() -> None:
     gen = torch.Generator(device="cuda").manual_seed(0)
     capacity = 4096
-    q, k, v = (torch.randn(2, heads, count, 128, generator=gen, device="cuda", dtype=torch.bfloat16) for heads, count in ((8, 1), (2, capacity), (2, capacity)))
+    q, k, v = (
+        torch.randn(2, heads, count, 128, generator=gen, device="cuda", dtype=torch.bfloat16)
+        for heads, count in ((8, 1), (2, capacity), (2, capacity))
+    )
     rules = torch.tensor([[(0, NEVER, NEVER), (4, 100, NEVER)] * 4], dtype=torch.int32, device="cuda")
     lengths = torch.full((2,), 1000, dtype=torch.int32, device="cuda")
     work = cut([capacity, capacity], 2, q.device)

@@ -17,6 +17,7 @@ from headscope.call import AttentionCall, MaskFacts
 from headscope.errors import CaptureError, UnavailableError
 from headscope.kernels.gather import attention_rows
 from headscope.kernels.sparse_dispatch import sparse_attention, sparse_backend, worth_it
+from headscope.kernels.sparse_lists import static_lists
 from headscope.kernels.sparse_naive import naive_sparse_attention
 from headscope.kernels.sparse_prefill import chosen_on_device, prefill, supports
 from headscope.kernels.triton_common import INTERPRETED
@@ -85,7 +86,7 @@ def test_dynamic_patterns_choose_the_keys_of_their_rules(rows, keys, window):
     """On the device, for all heads at once, as `choose` does head by head."""
     gen = torch.Generator().manual_seed(rows)
     q, k, v = (torch.randn(1, heads, count, 32, generator=gen) for heads, count in ((6, rows), (3, keys), (3, keys)))
-    call = AttentionCall("attention", 0, q * 2, k, v, 0.25, MaskFacts(True, window=window), query_offset=keys - rows)
+    call = AttentionCall("attention", 0, q * 0.5, k, v, 0.25, MaskFacts(True, window=window), query_offset=keys - rows)
     rule = "antidiagonal" if keys % 128 == 0 and rows % 128 == 0 and window is None else "pooled"
     patterns = [
         VerticalSlash(40, 60, sink=5, window=20), TopBlocks(share=0.3), Blocks(((0,), (0,), (1,)), 64), TopBlocks(mass=0.6, rule=rule),
@@ -106,6 +107,32 @@ def test_dynamic_patterns_of_padded_sequences():
     expected, total = sparse_attention(call, patterns, backend="blocked")
     assert torch.allclose(output, expected, atol=3e-6)
     assert torch.allclose(lse, total, atol=3e-6)
+
+
+def test_bits_of_diagonals_and_columns():
+    """Word by word what looking up every entry gives, in the order of a tile's lanes: key 8 a + 2 lane + b is bit 2 a + b."""
+    lists = static_lists(
+        AttentionCall("attention", 0, *(torch.zeros(1, 2, 600, 16),) * 3, 1.0, MaskFacts(True)),
+        [Lines(tuple(range(3, 600, 7)), (0, 1, 5, 200, 333)), Lines((5, 6), tuple(range(130)))],
+    )
+    planes = lists.planes
+    key = torch.tensor([[8 * (bit // 2) + 2 * lane + bit % 2 for bit in range(32)] for lane in range(4)])
+    assert sorted(key.flatten().tolist()) == list(range(128))
+
+    def bits(words):
+        return ((words[..., None] >> torch.arange(32)) & 1).bool()
+
+    for slot in range(2):
+        for gap in range(5):
+            far = 128 * gap + torch.arange(128)[:, None, None] - key
+            expected = lists.diagonals[slot, far.clamp(0, 639)].bool() & (far >= 0) & (far < 640)
+            if lists.gaps[slot, gap]:
+                assert torch.equal(bits(planes.diagonals[slot, gap]), expected)
+            assert torch.equal(bits(planes.marks[slot, gap]), lists.marked[slot, 128 * gap + key].bool())
+            column = lists.columns[slot, :128][key].long()
+            before = gap - column // 128
+            alone = (before >= 0) & (lists.gaps[slot, before.clamp(min=0)] == 0)
+            assert torch.equal(bits(planes.columns[slot, gap, 0]), alone)
 
 
 def test_the_choice_of_backends():

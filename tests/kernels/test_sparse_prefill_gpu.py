@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the gpu extra is not installed")
 import headscope.kernels.sparse_prefill as sparse_prefill
 from headscope.call import AttentionCall, MaskFacts
 from headscope.kernels.gather import attention_rows
-from headscope.kernels.sparse_dispatch import sparse_attention, sparse_backend
+from headscope.kernels.sparse_dispatch import sparse_attention, sparse_backend, worth_it
 from headscope.kernels.sparse_dynamic import mask_lists
 from headscope.kernels.sparse_prefill import gluon_supports, prefill, supports
 from headscope.plans import Blocks, Dense, Lines, Streaming, TopBlocks, VerticalSlash
@@ -63,7 +63,7 @@ def test_random_plans_in_gluon(number, width, dtype):
     for shape in range(SHAPES):
         call = cases.make_call(variant, shape, "cuda")
         patterns = cases.make_patterns(variant, shape, call)
-        if gluon_supports(call):
+        if gluon_supports(call, patterns):
             continue  # one row of a transposed tensor may be misaligned
         try:
             cases.compare(*prefill(call, patterns, "gluon"), call, patterns)
@@ -131,3 +131,14 @@ def test_lists_of_a_mask_are_those_of_the_blocks():
     patterns = [Blocks(tuple(tuple(t for t in range(row + 1) if bool(kept[head, row, t])) for row in range(9))) for head in range(4)]
     output, lse = sparse_prefill.triton_prefill(call, [], mask_lists(call, kept))
     cases.compare(output, lse, call, patterns)
+
+
+def test_calls_that_would_be_slower_are_named():
+    q, k = (torch.zeros(1, h, 8192, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2))
+    call = AttentionCall("attention", 0, q, k, k, 0.1, MaskFacts(True))
+    assert worth_it(call, [Streaming(4, 256)] * 8) == ""
+    assert worth_it(call, [TopBlocks(share=0.2)] * 8) == ""
+    whole = Blocks(tuple(tuple(range(row + 1)) for row in range(64)))
+    if sparse_backend(call, [whole] * 8) == "triton":
+        assert "100% of the tiles" in worth_it(call, [whole] * 8)
+    assert "blocks of 48" in worth_it(call, [Blocks(((0,),), 48)] * 8)

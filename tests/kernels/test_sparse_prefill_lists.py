@@ -181,6 +181,6 @@ def test_what_a_call_costs(monkeypatch) -> None:
     dynamic: list[Pattern] = [TopBlocks(share=0.25)] * 4
     visits, strips, dense = sparse_cost.shares(call, dynamic, None)
     assert visits == pytest.approx(0.25 * dense + strips / 2)
-    monkeypatch.setattr(sparse_cost, "cost_of", lambda backend, device: sparse_cost.Cost(1.0, 0.5, 2.0))
+    monkeypatch.setattr(sparse_cost, "cost_of", lambda backend, device: sparse_cost.Cost(1.5, 3.0, 2.0))
     assert sparse_cost.slower(call, heads, "gluon", static_lists(call, heads), 4) == ""
     assert "100% of the tiles" in sparse_cost.slower(call, heads[2:] * 2, "gluon", static_lists(call, [Dense()] * 4), 4)

@@ -18,25 +18,33 @@ PLANS: dict[str, tuple[Pattern, ...]] = {
     "budget beside dense": (Budget(10, 8), Dense(), Budget(5, 8), Budget(7, 8)),
     "spans": (Span(4, 0.2, 2), Span(2, 0.1, 4), Streaming(1, 5), Streaming(2, 9)),
     "top keys": (TopKeys(10, window=4), TopKeys(6, refresh=3, window=4), Streaming(2, 8), Streaming(2, 8)),
+    "top blocks": (
+        *(TopKeys(16, window=4, block=8, estimate="bounds"),) * 2,
+        TopKeys(12, refresh=2, block=4, estimate="mean"),
+        Streaming(2, 8),
+    ),
+    "compensation": (Streaming(2, 8, True), Streaming(2, 8, True), Streaming(3, 5, True), Streaming(2, 8)),
     "lists": (Lines((0, 3), (0, 1, 5)), Strided(4, 3, 1, 8), Streaming(2, 8), TopKeys(5, window=3)),
 }
 
 
-def tiny(dtype: torch.dtype = torch.float64, **more: Any) -> Scope:
+def tiny(dtype: torch.dtype = torch.float64, device: str = "cpu", **more: Any) -> Scope:
     """A random Llama with two layers, four query heads and two key heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, initializer_range=0.3, **more,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().to(dtype)
+    model = LlamaForCausalLM(config).eval().to(dtype).to(device)
     model.set_attn_implementation("sdpa")
     return Scope(model, name="tiny")
 
 
 def plan_of(scope: Scope, heads: tuple[Pattern, ...]) -> SparsePlan:
     """The same four patterns in every layer."""
-    return SparsePlan(SparsePlan.uniform(scope, Dense()).model, {(layer, head): heads[head] for layer in range(LAYERS) for head in range(4)})
+    return SparsePlan(
+        SparsePlan.uniform(scope, Dense()).model, {(layer, head): heads[head] for layer in range(LAYERS) for head in range(4)}
+    )
 
 
 def ids(count: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +63,7 @@ def padded() -> dict[str, torch.Tensor]:
 def written(scope: Scope, cache: Any = None, count: int = 6, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, logits [B, count, V]) of the model's own generate()."""
     more = {} if cache is None else {"past_key_values": cache}
+    options = {name: one.to(scope.device) if isinstance(one, torch.Tensor) else one for name, one in options.items()}
     with torch.no_grad():
         out = scope.model.generate(
             max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, output_logits=True,

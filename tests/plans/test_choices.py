@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from headscope.call import AttentionCall, MaskFacts
 from headscope.plans import Budget, TopKeys
-from headscope.plans.choices import Choice, choose_budgets, choose_top_keys, lists_of
+from headscope.plans.choices import Choice, StandIns, choose_budgets, choose_top_keys, lists_of
 from headscope.plans.indices import Chosen, choose, element
 
 
@@ -48,6 +49,58 @@ def test_top_keys(padded: bool) -> None:
     patterns = [TopKeys(10, window=4), TopKeys(6, sink=0, window=1), TopKeys(30, window=20), TopKeys(100, sink=9, window=3)]
     call = call_of(5, 1, padded)
     same(call, choose_top_keys(call, range(4), patterns), patterns)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_top_blocks(padded: bool) -> None:
+    patterns = [
+        TopKeys(16, window=4, block=8, estimate="bounds"),
+        TopKeys(12, sink=0, window=1, block=4, estimate="mean"),
+        TopKeys(400, window=20, block=8, estimate="bounds"),
+        TopKeys(8, sink=9, window=70, block=4, estimate="mean"),
+    ]
+    stand_ins = StandIns()
+    for keys in (25, 41, 60):
+        call = call_of(5, 1, padded)
+        call = replace(call, k=call.k[:, :, :keys], v=None, query_offset=keys - 1, mask=MaskFacts(True))
+        same(call, choose_top_keys(call, range(4), patterns, stand_ins), patterns)
+
+
+def test_bounds_are_never_below_a_blocks_scores() -> None:
+    call = call_of(6, 1, False)
+    stands = StandIns().of(call, 4, "bounds", 15)
+    for head in range(4):
+        q = call.q[0, head, 0]
+        bound = stands[0, head // 2] @ torch.cat([q.clamp(min=0), q.clamp(max=0)])
+        assert bool((bound + 1e-5 >= (call.k[0, head // 2] @ q).unflatten(0, (15, 4)).amax(1)).all())
+
+
+def test_kernels_score_and_list_the_same() -> None:
+    """In Triton's interpreter: scores, and lists made in three passes over a bit field longer than one stretch."""
+    pytest.importorskip("triton", reason="the gpu extra is not installed")
+    from headscope.kernels import sparse_decode_choose as kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    call = call_of(7, 1, False)
+    call = replace(call, q=call.q.to(device), k=call.k.to(device))
+    found = kernels.key_scores(call.q[:, :, 0], call.k, 0.5)
+    assert torch.allclose(found, 0.5 * (call.q @ call.k.repeat_interleave(2, 1).transpose(-1, -2))[:, :, 0], atol=1e-5)
+    gen = torch.Generator().manual_seed(0)
+    keys = 2 * kernels.STRETCH + 700
+    columns_of = {head: torch.stack([torch.randperm(keys, generator=gen)[:900] for _ in range(2)]) for head in (0, 1, 3, 4)}
+    chosen = {head: (columns, torch.tensor([keys - 90, keys])) for head, columns in columns_of.items()}
+    expected = lists_of(chosen, 2, 2, 3, keys, 5)
+    columns = torch.full((2, 6, 900), -1)
+    since = torch.zeros(2, 6, dtype=torch.int64)
+    for head, (one, until) in chosen.items():
+        columns[:, head], since[:, head] = one, until
+    lists = kernels.lists_from(columns.to(device), since.to(device), 2, keys, 5, expected.entries.shape[2])
+    assert torch.equal(lists.counts.cpu(), expected.counts)
+    for b in range(2):
+        for g in range(2):
+            count = int(lists.counts[b, g])
+            assert torch.equal(lists.entries[b, g, :count].cpu(), expected.entries[b, g, :count])
+            assert torch.equal(lists.bits[b, g, :count].cpu(), expected.bits[b, g, :count])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,7 +2,7 @@
 (function () {
   "use strict";
   var HS = (window.headscope = window.headscope || {});
-  var HEADER = 16, ROOM = 120, FLIGHTS = 4;
+  var HEADER = 16, ROOM = 120, FLIGHTS = 4, AGAIN = 5000;
 
   /* Every float16 as a number and as its logarithm, by code. */
   var VALUE = new Float32Array(65536), LOG = new Float32Array(65536);
@@ -27,7 +27,7 @@
     this.held = new Map();
     this.flights = new Map();
     this.wanted = [];
-    this.broken = new Set();
+    this.broken = new Map();
     this.clock = 0;
   }
 
@@ -43,7 +43,7 @@
     this.flights.forEach(function (control, name) { if (!names.has(name)) { control.abort(); self.flights.delete(name); } });
     this.wanted = list.filter(function (at) {
       var name = at.join("/");
-      return !self.held.has(name) && !self.flights.has(name) && !self.broken.has(name);
+      return !self.held.has(name) && !self.flights.has(name) && !(Date.now() - self.broken.get(name) < AGAIN);
     });
     this.pump();
   };
@@ -70,7 +70,7 @@
       })
       .catch(function (error) {
         if (error.name === "AbortError") return;
-        self.broken.add(name);
+        self.broken.set(name, Date.now());
         self.landed(name, control);
         self.failed(error.message);
       });

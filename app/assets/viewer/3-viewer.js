@@ -128,6 +128,7 @@
   Viewer.prototype.zoom = function (factor, x, y) {
     var view = this.view, box = this.box, s = Math.min(Math.max(view.s * factor, CLOSEST), this.furthest());
     var q = view.q + (y - box.y) * view.s, k = view.k + (x - box.x) * view.s;
+    this.inward = factor < 1;
     this.move(q - (y - box.y) * s, k - (x - box.x) * s, s);
   };
 
@@ -162,10 +163,10 @@
     return out;
   };
 
-  /* The tiles that the next zoom in will ask for, around the pointer: pooled cells take a while to compute. */
+  /* The tiles that the next zoom in will ask for, around the pointer: pooled cells take a while to compute. Earlier while zooming in. */
   Viewer.prototype.ahead = function (block) {
     var all = this.facts.exact.concat(this.facts.stored), next = all[all.indexOf(block) - 1], s = next / LEAST, view = this.view, box = this.box;
-    if (!next || view.s > 4 * s) return [];
+    if (!next || view.s > (this.inward ? 10 : 2) * s) return [];
     var at = this.hover || [box.x + box.used / 2, box.y + box.h / 2], q = view.q + (at[1] - box.y) * view.s, k = view.k + (at[0] - box.x) * view.s;
     var kept = this.view, out;
     this.view = { q: q - (at[1] - box.y) * s, k: k - (at[0] - box.x) * s, s: s, tokens: view.tokens };
@@ -204,7 +205,10 @@
     stats.draws += 1;
     stats.draw = now - began;
     if (!stats.first) stats.first = now - stats.asked;
-    if (!missing.length && !stats.sharp) stats.sharp = now - stats.asked;
+    if (!missing.length && !stats.sharp) {
+      stats.sharp = now - stats.asked;
+      if (!this.plan) this.note.textContent = "";
+    }
     this.tell.badge(this.words(missing.length));
   };
 

@@ -85,7 +85,11 @@
       context.font = "10.5px " + colours.font;
       context.textBaseline = "top";
       if (pair[0] === "row") { context.textAlign = "left"; context.fillText("row profile, to " + paint.plain(top), box.x, 0); }
-      else { context.textAlign = "right"; context.fillText("column, to " + paint.plain(top), viewer.host.clientWidth - 2, box.y - 15); }
+      else {
+        var narrow = viewer.host.clientWidth - box.band < 120;
+        context.textAlign = narrow ? "right" : "left";
+        context.fillText("column, to " + paint.plain(top), narrow ? viewer.host.clientWidth - 2 : box.band, box.y - 15);
+      }
     });
   }
 
@@ -160,6 +164,7 @@
       viewer.hover = place;
       if (from && (from.moved || Math.hypot(place[0] - from.at[0], place[1] - from.at[1]) > 3)) {
         from.moved = true;
+        viewer.inward = false;
         if (from.box) { viewer.band = [from.at[0], from.at[1], place[0], place[1]]; later(); }
         else viewer.move(from.view.q - (place[1] - from.at[1]) * from.view.s, from.view.k - (place[0] - from.at[0]) * from.view.s, from.view.s);
       } else later();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -11,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from headscope.errors import PlanError, refusal, unknown_name
-from headscope.plans.dynamic import Budget, VerticalSlash
+from headscope.plans.dynamic import Budget, TopBlocks, VerticalSlash
+from headscope.plans.dynamic_rules import Choosing
 from headscope.plans.patterns import Dense, Pattern
 from headscope.plans.plan import Place, SparsePlan
 from headscope.plans.planners.allocation import Options, allocate
-from headscope.plans.planners.base import Evidence, Planner, Requires, whole
+from headscope.plans.planners.base import Evidence, Planner, Requires, largest, whole
 from headscope.plans.planners.trial import Trials, best
 from headscope.plans.registry import pattern_from
 
@@ -37,12 +39,13 @@ class Allocate(Planner):
     Squares are right where heads err independently, roots where heads that do the same err together. Which holds is not known beforehand:
     with a live model, "auto" makes the plan of every objective, and of the largest budget or choice that all heads can have at once, runs
     each on `trials` texts of each kind that nothing was measured on, and takes the one that costs fewest nats; without, it takes "squares"
-    for density and "norm" for cache.
+    for density and "margin" for cache.
 
     Every kind of text weighs the same, by its loss when every head has its worst candidate. Heads that share keys are planned together
     where `cache` is given, since a key head costs what its neediest query head keeps; rules that choose keys in the prefill and keep all
     of them are then left out, and budgets of keys chosen at its end come in. `dynamic` and `compensate`: whether such rules, and windows
-    with a compensation token, may be taken. Without a bound, density is 0.25.
+    with a compensation token, may be taken (the latter by density alone: its sums are made from keys that the cache then holds). Without a
+    bound, density is 0.25.
 
     Windows of an eighth of the text and more, columns, diagonals and budgets grow with the text; shorter windows are tokens. So a plan for
     longer texts than were measured keeps the shares, and is as good as the assumption that heads look as far back in proportion.
@@ -50,7 +53,7 @@ class Allocate(Planner):
 
     objective: Literal["auto", "squares", "margin", "error", "norm", "mass"] = "auto"
     dynamic: bool = True
-    compensate: bool = True
+    compensate: bool = False
     trials: int = 3
 
     name: ClassVar[str] = "allocate"
@@ -69,7 +72,7 @@ class Allocate(Planner):
         if self.objective != "auto":
             return self._solve(evidence, self.objective)
         if evidence.scope is None:
-            objective = "squares" if evidence.cache is None else "norm"
+            objective = "squares" if evidence.cache is None else "margin"
             evidence.note(f"objective {objective}, not tried out: no live model was given")
             return self._solve(evidence, objective)
         made = {objective: self._solve(evidence, objective) for objective in OBJECTIVES}
@@ -82,16 +85,26 @@ class Allocate(Planner):
         return made[taken]
 
     def _uniform(self, evidence: Evidence) -> dict[str, dict[Place, Pattern]]:
-        """Of each kind of candidate the largest that all heads can have at once: what allocating has to beat."""
+        """Of each kind of choice the largest that all heads can have at once: what allocating has to beat."""
         patterns, _ = self.losses(evidence, "mass")
+        first = next(iter(patterns.values()))
         found: dict[str, tuple[float, dict[Place, Pattern]]] = {}
-        for at in self._usable(patterns, self.dynamic, cache=evidence.cache is not None):
-            everywhere = dict.fromkeys(evidence.model.places, patterns[at])
-            kept = patterns[at].density(evidence.length) + patterns[at].cached(evidence.length) / evidence.length
-            kind = f"{patterns[at].kind} everywhere"
-            if patterns[at].kind in ("budget", "vertical_slash", "top_blocks") and evidence.fits(everywhere):
+        for at in self._usable(first, self.dynamic, cache=evidence.cache is not None):
+            everywhere = {place: listed[at] for place, listed in patterns.items()}
+            if not first[at].static and evidence.fits(everywhere):
+                made = SparsePlan(evidence.model, everywhere)
+                kept = made.density(evidence.length) + made.kv_share(evidence.length)
+                kind = f"{first[at].kind} everywhere"
                 found[kind] = max(found.get(kind, (0.0, {})), (kept, everywhere), key=lambda one: one[0])
-        return {kind: everywhere for kind, (_, everywhere) in found.items()}
+        plans = {kind: everywhere for kind, (_, everywhere) in found.items()}
+        if evidence.cache is not None and self.dynamic:
+
+            def budget(keep: int) -> dict[Place, Pattern]:
+                return dict.fromkeys(evidence.model.places, Budget(keep, 32, 5))
+
+            size = largest(0, evidence.length, lambda keep: evidence.fits(budget(keep)))
+            plans |= {"budget everywhere": budget(size)} if evidence.fits(budget(size)) else {}
+        return plans
 
     def _solve(self, evidence: Evidence, objective: str) -> dict[Place, Pattern]:
         patterns, losses = self.losses(evidence, objective)
@@ -99,9 +112,13 @@ class Allocate(Planner):
             return self._by_head(evidence, patterns, losses)
         return self._by_group(evidence, patterns, losses)
 
-    def losses(self, evidence: Evidence, objective: str) -> tuple[list[Pattern], dict[Place, np.ndarray]]:
-        """(candidates, (layer, head) -> loss of each [n]); the last candidate is dense and loses nothing."""
+    def losses(self, evidence: Evidence, objective: str) -> tuple[dict[Place, list[Pattern]], dict[Place, np.ndarray]]:
+        """(layer, head) -> (its candidates, the loss of each [n]); the last candidate is dense and loses nothing. Choices made per input
+        carry the share of entries that they were measured to keep at that head.
+        """
         table = evidence.table(TABLE)
+        if "kept" not in table.columns:
+            raise refusal(PlanError, TABLE, "it was measured by an older version, without kept shares", "run probe pattern_cost again")
         words = list(dict.fromkeys(table["pattern"]))
         growth = max(1.0, evidence.length / int(table["tokens"].max()))
         patterns = [grown(pattern_from(json.loads(word)), growth) for word in words]
@@ -111,37 +128,50 @@ class Allocate(Planner):
             raise refusal(PlanError, f"loss of head {bad['layer']}.{bad['head']}", "it is not a number", "measure pattern_cost again")
         frame = table[["layer", "head", "pattern", "kind"]].assign(value=values)
         sums = frame.groupby(["layer", "head", "pattern", "kind"], sort=False)["value"].sum().unstack("pattern")[words]
+        if bool(sums.isna().any(axis=None)):
+            raise refusal(PlanError, TABLE, "not every candidate was measured on every kind of text", "run probe pattern_cost again")
         scale = sums.max(axis=1).groupby(level="kind").sum()
         joined = sums.div(scale.reindex(sums.index.get_level_values("kind")).clip(lower=1e-300).to_numpy(), axis=0)
         joined = joined.groupby(level=["layer", "head"], sort=False).sum()
+        kept = table.groupby(["layer", "head", "pattern"], sort=False)["kept"].mean().unstack("pattern")[words]
         found: dict[Place, np.ndarray] = {}
+        listed: dict[Place, list[Pattern]] = {}
         for place in evidence.model.places:
             if place not in joined.index:
                 raise refusal(PlanError, f"head {place[0]}.{place[1]}", f"{TABLE} has no row of it", "measure pattern_cost on this model")
             found[place] = np.append(joined.loc[place].to_numpy(dtype=np.float64), 0.0)
-        return [*patterns, Dense()], found
+            shares = kept.loc[place].to_numpy(dtype=np.float64)
+            listed[place] = [*(expecting(one, share) for one, share in zip(patterns, shares, strict=True)), Dense()]
+        return listed, found
 
-    def _by_head(self, evidence: Evidence, patterns: list[Pattern], losses: Mapping[Place, np.ndarray]) -> dict[Place, Pattern]:
-        usable = self._usable(patterns, self.dynamic, cache=False)
-        density = np.array([patterns[at].density(evidence.length) for at in usable])
-        items = [Options(losses[place][usable], density[None]) for place in evidence.model.places]
+    def _by_head(
+        self, evidence: Evidence, patterns: Mapping[Place, list[Pattern]], losses: Mapping[Place, np.ndarray]
+    ) -> dict[Place, Pattern]:
+        usable = self._usable(next(iter(patterns.values())), self.dynamic, cache=False)
+        items = []
+        for place in evidence.model.places:
+            density = np.array([patterns[place][at].density(evidence.length) for at in usable])
+            items.append(Options(losses[place][usable], density[None]))
         assert evidence.density is not None
         taken = allocate(items, [evidence.density * len(items)])
-        return {place: patterns[usable[at]] for place, at in zip(evidence.model.places, taken, strict=True)}
+        return {place: patterns[place][usable[at]] for place, at in zip(evidence.model.places, taken, strict=True)}
 
     def _usable(self, patterns: list[Pattern], dynamic: bool, *, cache: bool) -> list[int]:
         """Numbers of the candidates that may be taken: rules that choose keys once and drop the others save memory, the others compute."""
-        allowed = [self.compensate or not getattr(one, "compensate", False) for one in patterns]
+        allowed = [(self.compensate and not cache) or not getattr(one, "compensate", False) for one in patterns]
         saving = [one.static or (dynamic and isinstance(one, Budget) == cache) for one in patterns]
         return [at for at in range(len(patterns)) if saving[at] and allowed[at]]
 
-    def _by_group(self, evidence: Evidence, patterns: list[Pattern], losses: Mapping[Place, np.ndarray]) -> dict[Place, Pattern]:
-        usable = self._usable(patterns, self.dynamic, cache=True)
-        density = np.array([patterns[at].density(evidence.length) for at in usable])
-        cached = np.array([patterns[at].cached(evidence.length) for at in usable]) / evidence.length
+    def _by_group(
+        self, evidence: Evidence, patterns: Mapping[Place, list[Pattern]], losses: Mapping[Place, np.ndarray]
+    ) -> dict[Place, Pattern]:
+        first = next(iter(patterns.values()))
+        usable = self._usable(first, self.dynamic, cache=True)
+        density = np.array([first[at].density(evidence.length) for at in usable])
+        cached = np.array([first[at].cached(evidence.length) for at in usable]) / evidence.length
         dims = dict(zip(evidence.model.layers, evidence.model.head_dim, strict=True))
-        items, budgets = [], []
         total = sum(dims[layer] for layer, _ in evidence.groups)
+        items = []
         for group in evidence.groups:
             members = evidence.members(*group)
             loss = np.sum([losses[place][usable] for place in members], 0)
@@ -151,7 +181,7 @@ class Allocate(Planner):
         taken = allocate(items, [float(one or 0.0) for one in budgets])
         out: dict[Place, Pattern] = {}
         for group, at in zip(evidence.groups, taken, strict=True):
-            out |= dict.fromkeys(evidence.members(*group), patterns[usable[at]])
+            out |= dict.fromkeys(evidence.members(*group), first[usable[at]])
         return out
 
 
@@ -160,6 +190,13 @@ def grown(pattern: Pattern, growth: float) -> Pattern:
     if isinstance(pattern, VerticalSlash):
         return replace(pattern, vertical=round(pattern.vertical * growth), slash=round(pattern.slash * growth))
     return replace(pattern, keep=round(pattern.keep * growth)) if isinstance(pattern, Budget) else pattern
+
+
+def expecting(pattern: Pattern, share: float) -> Pattern:
+    """A choice made per input with the share of entries that it was measured to keep, to four digits; other patterns as they are."""
+    if isinstance(pattern, VerticalSlash | TopBlocks | Choosing):
+        return replace(pattern, expected=min(1.0, max(1e-4, math.ceil(share * 1e4) / 1e4)))
+    return pattern
 
 
 def _values(table: pd.DataFrame, objective: str) -> np.ndarray:

@@ -33,8 +33,8 @@ class Options:
 def allocate(items: Sequence[Options], budgets: Sequence[float]) -> list[int]:
     """The number of the option taken for every item: least sum of losses with every sum of costs within its budget.
 
-    Among equal losses the cheaper option. Raises PlanError for losses or costs that are not finite, and where even the cheapest options
-    pass a budget.
+    Raises PlanError for losses or costs that are not finite, and where no choice fits (under several budgets: where the program finds
+    none).
     """
     bounds = np.asarray(budgets, dtype=np.float64)
     for number, item in enumerate(items):
@@ -45,8 +45,13 @@ def allocate(items: Sequence[Options], budgets: Sequence[float]) -> list[int]:
             raise refusal(PlanError, f"item {number}", "a loss or cost of it is not a number", "measure it again")
     if not items:
         return []
-    start = greedy(items, bounds)
     better = _program(items, bounds)
+    try:
+        start = greedy(items, bounds)
+    except PlanError:
+        if better is None or len(bounds) == 1:
+            raise
+        return better  # under several bounds the choices that are cheapest in sum may pass one of them, and others fit
     return start if better is None or _sum(items, better) >= _sum(items, start) - 1e-12 * abs(_sum(items, start)) else better
 
 
@@ -55,7 +60,7 @@ def greedy(items: Sequence[Options], bounds: np.ndarray) -> list[int]:
     scale = np.where(bounds > 0, bounds, 1.0)
     paid = [(item.costs / scale[:, None]).sum(0) for item in items]
     chosen = [int(np.lexsort((item.loss, cost))[0]) for item, cost in zip(items, paid, strict=True)]
-    used = sum(item.costs[:, at] for item, at in zip(items, chosen, strict=True))
+    used = _used(items, chosen)
     if bool((used > bounds * (1 + 1e-9) + 1e-12).any()):
         worst = int(np.argmax(used / scale))
         raise refusal(
@@ -120,13 +125,14 @@ def _program(items: Sequence[Options], bounds: np.ndarray) -> list[int] | None:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    counts = [len(item.loss) for item in items]
+    useful = [_undominated(item) for item in items]
+    counts = [len(one) for one in useful]
     size = sum(counts)
-    ends = np.cumsum(counts)
-    scale = np.where(bounds > 0, bounds, 1.0)
+    # every bound as a mean over the items: with coefficients far below 1, the solver's tolerances let choices pass the bound
+    scale = np.where(bounds > 0, bounds, 1.0) / len(items)
     ones = csr_array((np.ones(size), (np.repeat(np.arange(len(items)), counts), np.arange(size))), shape=(len(items), size))
-    costs = np.concatenate([item.costs for item in items], 1) / scale[:, None]
-    losses = np.concatenate([item.loss for item in items])
+    costs = np.concatenate([item.costs[:, kept] for item, kept in zip(items, useful, strict=True)], 1) / scale[:, None]
+    losses = np.concatenate([item.loss[kept] for item, kept in zip(items, useful, strict=True)])
     unit = float(np.abs(losses).max()) or 1.0
     answer = milp(
         losses / unit,
@@ -137,9 +143,24 @@ def _program(items: Sequence[Options], bounds: np.ndarray) -> list[int] | None:
     )
     if answer.x is None:
         return None
-    chosen = [int(part.argmax()) for part in np.split(answer.x, ends[:-1])]
-    used = sum(item.costs[:, at] for item, at in zip(items, chosen, strict=True))
+    parts = np.split(answer.x, np.cumsum(counts)[:-1])
+    chosen = [int(kept[part.argmax()]) for part, kept in zip(parts, useful, strict=True)]
+    used = _used(items, chosen)
     return chosen if bool((used <= bounds * (1 + 1e-9) + 1e-12).all()) else None
+
+
+def _undominated(item: Options) -> np.ndarray:
+    """Numbers of the options that no other is at least as good as in loss and every cost; of equal ones the first."""
+    table = np.concatenate([item.loss[None], item.costs])
+    never_worse = (table[:, :, None] <= table[:, None, :]).all(0)
+    better = never_worse & (table[:, :, None] < table[:, None, :]).any(0)
+    twin = never_worse & never_worse.T & (np.arange(len(item.loss))[:, None] < np.arange(len(item.loss)))
+    return np.flatnonzero(~(better | twin).any(0))
+
+
+def _used(items: Sequence[Options], chosen: Sequence[int]) -> np.ndarray:
+    """[bounds] what the choices cost."""
+    return np.sum([item.costs[:, at] for item, at in zip(items, chosen, strict=True)], axis=0)
 
 
 def _sum(items: Sequence[Options], chosen: Sequence[int]) -> float:
