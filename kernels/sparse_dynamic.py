@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headscope.kernels.sparse_lists import ENDLESS, Packed, TileLists, assemble, pack, range_of, rules_of, supported
+from headscope.kernels.sparse_lists import ENDLESS, Packed, TileLists, assemble, pack, range_of, rules_of, settled, supported
 from headscope.kernels.sparse_states import SIDE, gap_states, states_of
 from headscope.plans.dynamic import TopBlocks, VerticalSlash
 
@@ -243,7 +243,8 @@ def top_blocks(call: AttentionCall, heads: Tensor, pattern: TopBlocks, count: in
 def mask_lists(call: AttentionCall, kept: Tensor) -> TileLists:
     """The lists of a call whose heads keep whole tiles: `kept` [Hq, R, R] bool on the call's device, row tiles by key tiles.
 
-    The diagonal tile is kept too, and tiles behind it are not. For calls without padding.
+    The diagonal tile is kept too, and tiles behind it are not. For calls without padding; to be used more than once, as it waits for the
+    device.
     """
     count = kept.shape[1]
     number = torch.arange(count, device=kept.device)
@@ -252,4 +253,4 @@ def mask_lists(call: AttentionCall, kept: Tensor) -> TileLists:
     batch, heads = call.q.shape[:2]
     slots = torch.arange(heads, device=kept.device).expand(batch, -1)
     rules = _rules(((0, ENDLESS),) * heads, kept.device)
-    return assemble(call, rules, slots, compact(state.to(torch.uint8), call.query_offset // SIDE), {})
+    return settled(assemble(call, rules, slots, compact(state.to(torch.uint8), call.query_offset // SIDE), {}))

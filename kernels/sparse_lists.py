@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from headscope.kernels.sparse_states import CELL, SIDE, TileStates, states_of
@@ -38,6 +39,8 @@ ENDLESS = 1 << 30
 """A window that drops nothing."""
 FIELDS = 8
 """Numbers of a line of `work`."""
+ROW = 2.6
+"""What a line of work costs beside its tiles, in tiles."""
 KEPT = 64
 """Layers and lengths whose lists are remembered."""
 
@@ -64,7 +67,8 @@ class TileLists:
     diagonals: Tensor | None
     marked: Tensor | None
     visits: int | None = None
-    """Tiles of all lines of `work`; None where the device alone knows."""
+    """Tiles of all lines of `work`; None where the device alone knows. `masked`: those of them that are not full."""
+    masked: int = 0
 
     @cached_property
     def planes(self) -> Planes | None:
@@ -115,7 +119,7 @@ def static_lists(call: AttentionCall, patterns: Sequence[Pattern]) -> TileLists:
         return _built[key][0]
     made = _static(call, patterns)
     if call.first_token is None:
-        made = replace(made, visits=int(made.work[:, 7].sum()))
+        made = settled(made)
         _built[key] = (made, tuple(patterns))
         if len(_built) > KEPT:
             _built.popitem(last=False)
@@ -271,6 +275,31 @@ def assemble(call: AttentionCall, rules: Tensor, slot: Tensor, packed: Packed, l
     work = work.to(torch.int32).contiguous()
     columns, gaps, diagonals, marked = (lines.get(name) for name in ("columns", "gaps", "diagonals", "marked"))
     return TileLists(work, rules.contiguous(), slot, packed.tiles, packed.cells, columns, gaps, diagonals, marked)
+
+
+def settled(lists: TileLists) -> TileLists:
+    """Lists that will be used again: their visits counted, and their work dealt out so that all processors end together. Waits."""
+    count = lists.work[:, [2, 3, 5]].sum(0).tolist()
+    work = lists.work
+    if work.is_cuda:
+        many = torch.cuda.get_device_properties(work.device).multi_processor_count
+        order = dealt(work[:, 7].cpu().numpy() + ROW, many)
+        work = work[torch.from_numpy(order).to(work.device)]
+    return replace(lists, work=work, visits=sum(count), masked=count[0] + count[2])
+
+
+def dealt(cost: np.ndarray, many: int) -> np.ndarray:
+    """An order in which processor i, of `many`, that takes every `many`-th line from the i-th on gets about as much as every other: round
+    by round, the longest line to the processor that has least so far.
+    """
+    load, order = np.zeros(many), np.empty(len(cost), np.int64)
+    for top in range(0, len(cost), many):
+        part = np.arange(top, min(top + many, len(cost)))
+        part = part[np.argsort(-cost[part], kind="stable")]
+        free = np.argsort(load[: len(part)], kind="stable")
+        order[top + free] = part
+        load[free] += cost[part]
+    return order
 
 
 @lru_cache(maxsize=8)

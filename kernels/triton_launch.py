@@ -50,6 +50,7 @@ _TABLE = (
     _Row("rows", (9, 0), (3, 4), True, 256, Tile(128, 64, 8, 2, True)),
     _Row("columns", (9, 0), (3, 4), True, 128, Tile(128, 128, 4, 2, True)),
     _Row("columns", (9, 0), (3, 4), True, 256, Tile(64, 128, 8, 2, True)),
+    _Row("sparse", (9, 0), (3, 4), True, 128, Tile(128, 64, 8, 3)),
     _Row("", (8, 0), (3, 0), True, 128, Tile(64, 64, 4, 2)),
     _Row("", (8, 0), (3, 0), True, 256, Tile(64, 32, 4, 2)),
     _Row("", (0, 0), (3, 0), False, 64, Tile(64, 64, 8, 1)),
@@ -62,7 +63,7 @@ _forced: dict[str, Tile] = {}
 
 
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> Tile:
-    """The tile of "rows", "out" (rows with the attention output) or "columns" for a head_dim."""
+    """The tile of "rows", "out" (rows with the attention output), "columns" or "sparse" (prefill) for a head_dim."""
     if kernel in _forced:
         return _forced[kernel]
     if INTERPRETED:

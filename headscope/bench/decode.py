@@ -31,6 +31,7 @@ HEADS, KV_HEADS, WIDTH = 32, 8, 128
 GROUP = HEADS // KV_HEADS
 SINK, WINDOW = 128, 1024
 SHARE = 0.1
+TARGET_TOKENS = 131072
 D1 = "D1: 2 of 8 KV heads full, 6 streaming"
 D2 = "D2: 10 % of the keys by list, heads of a group alike"
 D2_OWN = "D2: 10 % of the keys by list, every head its own"
@@ -110,7 +111,7 @@ def run(
                 torch.cuda.empty_cache()
                 continue
             rows += found
-            if batch == 1 and tokens == max(lengths):
+            if batch == 1 and tokens == TARGET_TOKENS:
                 targets = _targets(found)
             say(f"{tokens} tokens, batch {batch}: done")
     name = torch.cuda.get_device_name()
@@ -140,7 +141,7 @@ def _rows(tokens: int, batch: int, flex: bool, notes: list[str]) -> list[list[An
 
 
 def _targets(rows: list[list[Any]]) -> list[dict[str, Any]]:
-    """D1 and D2, from the rows of the longest length."""
+    """D1 and D2, from the rows of the length that they are stated for."""
     named = {row[2]: row for row in rows}
     out = []
     d1 = named.get(f"{D1}, freeing cache")

@@ -53,7 +53,7 @@ class Choice:
     def of_rows(cls, rows: dict[int, tuple[Tensor, Tensor]]) -> Choice:
         """From what `row` gives, head by head."""
         room = max(columns.shape[1] for columns, _ in rows.values())
-        columns = [torch.nn.functional.pad(one, (0, room - one.shape[1]), value=-1) for one, _ in rows.values()]
+        columns = [_widened(one, room) for one, _ in rows.values()]
         return cls(tuple(rows), torch.stack(columns, 1), torch.stack([since for _, since in rows.values()], 1))
 
     def row(self, head: int) -> tuple[Tensor, Tensor]:
@@ -256,8 +256,14 @@ def _stand_ins(k: Tensor, size: int, estimate: str) -> Tensor:
 def _together(heads: Sequence[int], found: list[Tensor | None], sinces: list[Tensor | None]) -> Choice:
     columns = [one for one in found if one is not None]
     room = max(one.shape[-1] for one in columns)
-    padded = [torch.nn.functional.pad(one, (0, room - one.shape[-1]), value=-1) for one in columns]
-    return Choice(tuple(heads), torch.stack(padded, 1), torch.stack([one for one in sinces if one is not None], 1))
+    return Choice(
+        tuple(heads), torch.stack([_widened(one, room) for one in columns], 1), torch.stack([one for one in sinces if one is not None], 1)
+    )
+
+
+def _widened(columns: Tensor, room: int) -> Tensor:
+    """[B, C] with -1 up to `room`; as it is where it fills the room, for a copy a head would be most of a choice's time."""
+    return columns if columns.shape[-1] == room else torch.nn.functional.pad(columns, (0, room - columns.shape[-1]), value=-1)
 
 
 def lists_of(
@@ -273,7 +279,7 @@ def lists_of(
     most = max(columns.shape[1] for columns, _ in choices.values())
     nobody = torch.full((batch, most), -1, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
     rows = [choices.get(head, nobody) for head in range(heads)]
-    columns = torch.stack([torch.nn.functional.pad(one, (0, most - one.shape[1]), value=-1) for one, _ in rows], 1)
+    columns = torch.stack([_widened(one, most) for one, _ in rows], 1)
     since = torch.stack([one for _, one in rows], 1)
     if block > 1:
         columns = torch.div(columns[..., ::block], block, rounding_mode="floor")

@@ -14,7 +14,7 @@ from headscope.plans import Lines
 
 def row(plan: str, tokens: int, **values: object) -> dict[str, object]:
     """One line of the sparse table."""
-    base = {"plan": plan, "tokens": tokens, "density": None, "rate": 0.0, "over_flex": 0.0, "ratio": 9.0, "runs": "sparse"}
+    base = {"plan": plan, "tokens": tokens, "density": None, "rate": 0.0, "over_flex": 0.0, "ratio": 9.0, "runs": "gluon"}
     return {**base, **values}
 
 

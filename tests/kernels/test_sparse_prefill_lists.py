@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from headscope.call import AttentionCall, MaskFacts
 from headscope.kernels import sparse_cost, sparse_lists
-from headscope.kernels.sparse_lists import ENDLESS, TileLists, range_counts, ranges, static_lists, supported
+from headscope.kernels.sparse_lists import ENDLESS, TileLists, dealt, range_counts, ranges, static_lists, supported
 from headscope.plans import Blocks, Dense, Lines, Pattern, Power, Span, Streaming, Strided, TopBlocks
 from headscope.plans.indices import Chosen
 
@@ -173,14 +174,30 @@ def test_what_a_call_costs(monkeypatch) -> None:
     """Tiles of a plan and of a dense kernel, and the rule that leaves a call to the dense one."""
     q, k = torch.zeros(2, 4, 1000, 1), torch.zeros(2, 2, 1000, 1)
     call = AttentionCall("attention", 0, q, k, k, 1.0, MaskFacts(True))
-    assert sparse_cost.shares(call, [Dense()] * 4, static_lists(call, [Dense()] * 4)) == (4 * 36, 4 * 8, 4 * 36)
+    assert sparse_cost.shares(call, [Dense()] * 4, static_lists(call, [Dense()] * 4)) == (4 * 36, 0, 4 * 8, 4 * 36)
     heads: list[Pattern] = [Streaming(0, 1)] * 2 + [Dense()] * 2
-    assert sparse_cost.shares(call, heads, static_lists(call, heads)) == (2 * 36 + 2 * 8, 4 * 8, 4 * 36)
+    assert sparse_cost.shares(call, heads, static_lists(call, heads)) == (2 * 36 + 2 * 8, 0, 4 * 8, 4 * 36)
     chunk = AttentionCall("attention", 0, q[:, :, :300], k, k, 1.0, MaskFacts(True), query_offset=700)
-    assert sparse_cost.shares(chunk, heads, static_lists(chunk, heads)) == (2 * (6 + 7 + 8) + 2 * 3, 4 * 3, 4 * (6 + 7 + 8))
+    assert sparse_cost.shares(chunk, heads, static_lists(chunk, heads)) == (2 * (6 + 7 + 8) + 2 * 3, 0, 4 * 3, 4 * (6 + 7 + 8))
     dynamic: list[Pattern] = [TopBlocks(share=0.25)] * 4
-    visits, strips, dense = sparse_cost.shares(call, dynamic, None)
+    visits, looked, strips, dense = sparse_cost.shares(call, dynamic, None)
+    assert looked == 0
     assert visits == pytest.approx(0.25 * dense + strips / 2)
+    lines: list[Pattern] = [Lines((0,), (0, 500))] * 4
+    # the diagonal tiles, 500 keys back in two tiles, and a tile of gathered columns for every row
+    assert sparse_cost.shares(call, lines, static_lists(call, lines))[:2] == (4 * (8 + 5 + 4 + 8),) * 2
     monkeypatch.setattr(sparse_cost, "cost_of", lambda backend, device: sparse_cost.Cost(1.5, 3.0, 2.0))
     assert sparse_cost.slower(call, heads, "gluon", static_lists(call, heads), 4) == ""
     assert "100% of the tiles" in sparse_cost.slower(call, heads[2:] * 2, "gluon", static_lists(call, [Dense()] * 4), 4)
+
+
+def test_work_is_dealt_out_evenly() -> None:
+    """Processor i takes lines i, i + many, ...: the busiest of them has little more than the mean, and every line is somebody's."""
+    cost = np.tile(np.repeat(np.arange(256, 0, -1) * 0.1 + 2.6, 4), 8)
+    order = dealt(cost, 132)
+    assert sorted(order.tolist()) == list(range(len(cost)))
+    loads = np.array([cost[order][one::132].sum() for one in range(132)])
+    assert loads.max() < 1.01 * cost.sum() / 132
+    assert max(cost[one::132].sum() for one in range(132)) > 1.02 * cost.sum() / 132  # as the lines come
+    assert all(abs(int(at) - place) < 132 for place, at in enumerate(order)), "nobody leaves the key head that is at hand"
+    assert dealt(np.array([3.0, 1.0]), 5).tolist() == [0, 1]

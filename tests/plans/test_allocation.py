@@ -47,6 +47,21 @@ def test_allocation_is_optimal(seed: int, count: int, options: int, bounds: int)
     assert sum(item.loss[at] for item, at in zip(items, taken, strict=True)) == pytest.approx(best, abs=1e-6)
 
 
+def test_the_solver_prints_nothing_to_stdout(capfd) -> None:
+    """Its library does, where it repairs a solution; what is printed beside it, before and after, stays."""
+    import os
+
+    from headscope.plans.planners.allocation import _stdout_to_stderr
+
+    os.write(1, b"before ")
+    with _stdout_to_stderr():
+        os.write(1, b"inside")
+    os.write(1, b"after")
+    printed = capfd.readouterr()
+    assert printed.out == "before after"
+    assert printed.err == "inside"
+
+
 def test_greedy_is_the_lagrangian_solution() -> None:
     """Within the one step that did not fit of the linear bound, for many items."""
     generator = np.random.default_rng(0)

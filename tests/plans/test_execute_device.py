@@ -51,7 +51,8 @@ def both(scope: Scope, name: str, free: bool, **options: Any) -> tuple[Any, Any]
 
 
 @pytest.mark.parametrize(
-    ("name", "free"), [*[(name, True) for name in cases.PLANS], *[(name, False) for name in ("mixed", "budgets", "top blocks", "compensation")]]
+    ("name", "free"),
+    [*[(name, True) for name in cases.PLANS], *[(name, False) for name in ("mixed", "budgets", "top blocks", "compensation")]],
 )
 def test_padded_batches_write_the_same(scope: Scope, name: str, free: bool, on_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (ids, logits), ran = both(scope, name, free, **cases.padded())

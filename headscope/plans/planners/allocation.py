@@ -8,7 +8,11 @@ fail to improve. Both are deterministic: the program is limited by nodes, not by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -134,13 +138,14 @@ def _program(items: Sequence[Options], bounds: np.ndarray) -> list[int] | None:
     costs = np.concatenate([item.costs[:, kept] for item, kept in zip(items, useful, strict=True)], 1) / scale[:, None]
     losses = np.concatenate([item.loss[kept] for item, kept in zip(items, useful, strict=True)])
     unit = float(np.abs(losses).max()) or 1.0
-    answer = milp(
-        losses / unit,
-        integrality=np.ones(size),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(ones, 1, 1), LinearConstraint(csr_array(costs), -np.inf, bounds / scale)],
-        options={"node_limit": NODES, "mip_rel_gap": GAP},
-    )
+    with _stdout_to_stderr():
+        answer = milp(
+            losses / unit,
+            integrality=np.ones(size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(ones, 1, 1), LinearConstraint(csr_array(costs), -np.inf, bounds / scale)],
+            options={"node_limit": NODES, "mip_rel_gap": GAP},
+        )
     if answer.x is None:
         return None
     parts = np.split(answer.x, np.cumsum(counts)[:-1])
@@ -156,6 +161,26 @@ def _undominated(item: Options) -> np.ndarray:
     better = never_worse & (table[:, :, None] < table[:, None, :]).any(0)
     twin = never_worse & never_worse.T & (np.arange(len(item.loss))[:, None] < np.arange(len(item.loss)))
     return np.flatnonzero(~(better | twin).any(0))
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints a line where it repairs a solution, whatever it is told, and one such line makes `--json` output no JSON."""
+    sys.stdout.flush()
+    try:
+        flush = ctypes.CDLL(None).fflush
+        kept = os.dup(1)
+    except (OSError, TypeError, AttributeError):  # no C library to ask (Windows), or no standard output
+        yield
+        return
+    flush(None)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _used(items: Sequence[Options], chosen: Sequence[int]) -> np.ndarray:
