@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dash import html
 from dash.development.base_component import Component
 
 from headscope.app.components.panel import facts
 from headscope.app.format import TIMES, count
-from headscope.plans.mass import KeptMass
-from headscope.plans.plan import SparsePlan
+
+if TYPE_CHECKING:
+    from headscope.plans.mass import KeptMass
+    from headscope.plans.plan import SparsePlan
 
 BASES = {
     "exact": "exact, from the run's q and k",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from headscope.app import theme
 from headscope.app.components.head_grid import grid_height
 from headscope.app.figures import typed
 from headscope.app.runs import Run
-from headscope.plans.plan import SparsePlan
+
+if TYPE_CHECKING:
+    from headscope.plans.plan import SparsePlan
 
 
 def plan_figure(run: Run, plan: SparsePlan, length: int, scheme: theme.Scheme, kept: np.ndarray | None = None) -> dict[str, Any]:

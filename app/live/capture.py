@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING
 
 from headscope.app.live.watch import watching
 from headscope.errors import DataError, ProbeError, refusal
-from headscope.probes import Probe, resolve
-from headscope.probes.text import REPEATS
-from headscope.profile.texts import build_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +48,10 @@ def capture_prompt(prompt: str, root: Path) -> Callable[[Scope, Job], str]:
 
 def fitting(scope: Scope, ids: Tensor) -> list[AnyProbe]:
     """The passive probes of natural text that can say something about a text this short. DataError when there is none."""
+    from headscope.probes import Probe, resolve
+    from headscope.probes.text import REPEATS
+    from headscope.profile.texts import build_texts
+
     text = build_texts(scope, "natural", context=len(ids), data=ids, texts=1, seed=0, repeats=REPEATS, beyond_context=False)[0]
     out: list[AnyProbe] = []
     for probe in resolve("passive"):

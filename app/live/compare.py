@@ -12,13 +12,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from headscope.app.live.watch import watching
 from headscope.errors import DataError, refusal
-from headscope.probes.text import token_pieces
 
 if TYPE_CHECKING:
+    import torch
+
     from headscope.app.live.owner import Job
     from headscope.interventions import Stack
     from headscope.scope import Scope
@@ -59,6 +58,8 @@ def compare_writing(prompt: str, stack: Stack, new_tokens: int) -> Callable[[Sco
         raise refusal(DataError, f"{new_tokens} new tokens", f"the page writes 1 to {MOST_NEW}", "ask for fewer")
 
     def work(scope: Scope, job: Job) -> Comparison:
+        import torch
+
         ids = scope.encode(prompt)
         length = int(ids.shape[1])
         room = scope.max_length
@@ -98,6 +99,8 @@ def compare_writing(prompt: str, stack: Stack, new_tokens: int) -> Callable[[Sco
 
 def _log_p(scope: Scope, ids: torch.Tensor, length: int, stack: Stack | None) -> torch.Tensor:
     """[n, vocabulary] float64 log probabilities of the tokens after the first `length`."""
+    import torch
+
     edit: Any = nullcontext() if stack is None else scope.intervene(*stack)
     with edit, torch.no_grad():
         logits = scope.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -105,4 +108,6 @@ def _log_p(scope: Scope, ids: torch.Tensor, length: int, stack: Stack | None) ->
 
 
 def _pieces(scope: Scope, ids: list[int]) -> tuple[str, ...]:
+    from headscope.probes.text import token_pieces
+
     return token_pieces(scope.text_tokenizer, ids)

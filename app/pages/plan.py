@@ -5,7 +5,7 @@ Planning reads the run and never the model, so a slider answers at once; what is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dash
 import dash_mantine_components as dmc
@@ -25,9 +25,11 @@ from headscope.app.planning.methods import Method, methods_for
 from headscope.app.runs import Run
 from headscope.app.urls import choice, home_url, run_url
 from headscope.errors import HeadscopeError, PlanError, RunError, refusal
-from headscope.export.registry import FORMATS
-from headscope.plans.mass import KeptMass
-from headscope.plans.plan import SparsePlan
+
+if TYPE_CHECKING:
+    from headscope.export.base import Format
+    from headscope.plans.mass import KeptMass
+    from headscope.plans.plan import SparsePlan
 
 TITLE = "Plan · headscope"
 BOUNDS = {"density": "compute", "cache": "KV cache"}
@@ -174,8 +176,16 @@ def _form(listed: list[Method], method: str, bounds: list[str], bound: str, shar
     )
 
 
+def formats() -> dict[str, Format]:
+    """The formats; they and torch are loaded when the page is first asked for."""
+    from headscope.export.registry import FORMATS
+
+    return FORMATS
+
+
 def _export(query: dict[str, object]) -> Component:
-    name = choice(query, "format", FORMATS, next(iter(FORMATS)))
+    known = formats()
+    name = choice(query, "format", known, next(iter(known)))
     return html.Div(
         [
             html.Div(
@@ -183,7 +193,7 @@ def _export(query: dict[str, object]) -> Component:
                     dmc.Select(
                         id="plan-format",
                         value=name,
-                        data=[{"value": one, "label": f"{one}: {made.title}"} for one, made in FORMATS.items() if made.plans],
+                        data=[{"value": one, "label": f"{one}: {made.title}"} for one, made in known.items() if made.plans],
                         searchable=True,
                         allowDeselect=False,
                         size="sm",
@@ -247,7 +257,7 @@ def about_line(method: Method | None) -> str:
 
 def format_facts(name: str) -> Component:
     """What a format holds and what it cannot."""
-    made = FORMATS[name]
+    made = formats()[name]
     return html.Div(
         [
             html.P([html.B("Holds: "), "; ".join(made.holds)]),

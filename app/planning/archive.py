@@ -6,18 +6,22 @@ import io
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headscope.app.runs import Run
 from headscope.errors import ExportError, unknown_name
-from headscope.export.loss import LossReport
-from headscope.export.registry import FORMATS
-from headscope.plans.plan import SparsePlan
+
+if TYPE_CHECKING:
+    from headscope.export.loss import LossReport
+    from headscope.plans.plan import SparsePlan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same plan gives the same bytes
 
 
 def export_zip(plan: SparsePlan, run: Run, name: str, *, lossy: bool, length: int) -> tuple[bytes, LossReport]:
     """(zip, report). ExportError when the format cannot hold the plan and `lossy` is false."""
+    from headscope.export.registry import FORMATS
+
     if name not in FORMATS:
         raise unknown_name(ExportError, "format", name, FORMATS)
     with tempfile.TemporaryDirectory(prefix="headscope-export-") as folder:

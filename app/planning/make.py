@@ -6,19 +6,19 @@ import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headscope.app.plan_files import FOLDER
 from headscope.app.runs import Run
 from headscope.errors import PlanError, refusal
-from headscope.plans.plan import SparsePlan
-from headscope.plans.planners import plan
-from headscope.plans.planners.registry import PLANNERS
+
+if TYPE_CHECKING:
+    from headscope.plans.plan import SparsePlan
 
 PREFERRED = "allocate"
 KEPT = 64
 LENGTHS = (2048, 8192, 32768, 131072)
-_kept: OrderedDict[tuple[int, str, str, float, int], SparsePlan] = OrderedDict()
+_kept: OrderedDict[tuple[Run, str, str, float, int], SparsePlan] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -42,11 +42,13 @@ def make(run: Run, method: str, bound: str, share: float, length: int) -> Sparse
 
     PlanError for what cannot be planned, with what to do.
     """
+    from headscope.plans.planners import PLANNERS, plan
+
     if bound not in ("density", "cache"):
         raise refusal(PlanError, f"bound {bound!r}", "a plan is bounded by density or by cache", "choose one of them")
     if method in PLANNERS and bound not in PLANNERS[method].bounds:
         bound = PLANNERS[method].bounds[0]
-    key = (id(run), method, bound, round(share, 4), length)
+    key = (run, method, bound, round(share, 4), length)
     with _lock:
         if key in _kept:
             _kept.move_to_end(key)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from headscope.plans.planners import PLANNERS
-from headscope.plans.planners.base import Planner
-from headscope.profile import HeadProfile
+if TYPE_CHECKING:
+    from headscope.plans.planners.base import Planner
+    from headscope.profile import HeadProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Method:
 
 def methods_for(profile: HeadProfile) -> list[Method]:
     """Every planner, those that the run can serve first."""
+    from headscope.plans.planners import PLANNERS
+
     found = []
     for name, cls in PLANNERS.items():
         about = cls.describe()
