@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from headscope.profile import HeadProfile
 
 
+PASSING = ("transformers_version", "dtype", "torch_dtype")
+"""What a config says about how a model was loaded or saved, and not about the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """What `Scope.generate` wrote: `ids` [B, N] int64 with the prompt first, `prompt_length` N of the prompt, `text` of the new tokens."""
@@ -126,20 +130,22 @@ class Scope:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that two models share only if their config, their parameters' names and shapes, and a sample of every
-        parameter's values agree. Reads a few values per tensor, so it costs milliseconds, and finds a fine-tuned or quantised copy."""
+        parameter's values agree to bfloat16's precision. A copy in bfloat16 or float32 is the same model; a fine-tuned or quantised one
+        is not. Reads a few values per tensor, so it costs milliseconds."""
         digest = hashlib.sha256()
         known: Any = getattr(self.model, "config", None)
         known = known.to_dict() if hasattr(known, "to_dict") else dict(known) if isinstance(known, Mapping) else {}
-        config = {key: value for key, value in known.items() if not key.startswith("_") and key != "transformers_version"}
+        config = {key: value for key, value in known.items() if not key.startswith("_") and key not in PASSING}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            kind = "float" if value.is_floating_point() else str(value.dtype)
+            digest.update(f"{name}{tuple(value.shape)}{kind}".encode())
             for part in _plain_parts(value.detach()):
                 if part.is_meta:  # weights that are kept on disk, or elsewhere, are known by their names and shapes
                     continue
                 flat = part.reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 61)][:64]
-                digest.update(sample.float().cpu().numpy().tobytes() if sample.is_floating_point() else str(sample.tolist()).encode())
+                digest.update(str(sample.bfloat16().tolist() if sample.is_floating_point() else sample.tolist()).encode())
         return digest.hexdigest()[:16]
 
     # ---- inputs -------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ def import_file(
     form = find(format)
     if out.exists() and not overwrite:
         raise refusal(RunError, f"--out {out}", "it exists already", "choose another path, or pass --overwrite")
+    if plan is not None and plan.exists() and not overwrite:
+        raise refusal(RunError, f"--plan {plan}", "it exists already", "choose another path, or pass --overwrite")
     found = form.read(path, like=None if like is None else _shape(like), length=length)
     if plan is not None and found.plan_found is None:
         raise refusal(

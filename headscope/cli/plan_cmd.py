@@ -42,8 +42,14 @@ def plan(
         raise refusal(PlanError, "neither a run nor a model", "a plan is made from one of them", "pass RUN, or --model MODEL, or both")
     if to.exists() and not overwrite:
         raise refusal(PlanError, f"--out {to}", "it exists already", "choose another path, or pass --overwrite")
-    options = {**options_of(option or []), **({} if density is None else {"density": density})}
-    chosen = planner(method, **options, **({} if length is None else {"length": length}))
+    options = options_of(option or [])
+    for name, value in (("density", density), ("length", length)):
+        if value is None:
+            continue
+        if name in options:
+            raise refusal(PlanError, f"--{name} {value} beside --option {name}={options[name]}", "they say the same", "pass one of them")
+        options[name] = value
+    chosen = planner(method, **options)
     import headscope as hs
 
     scope = None if model is None else hs.load(model)

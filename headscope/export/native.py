@@ -116,6 +116,8 @@ class Headscope(Format):
         self, source: SparsePlan | HeadProfile, metric: str | None, length: int | None, profile: HeadProfile | None
     ) -> tuple[Export, SparsePlan | None]:
         if isinstance(source, SparsePlan):
+            if metric is not None:
+                raise refusal(ExportError, f"metric {metric!r} beside a plan", "a plan has no scores", "export the profile that has them")
             return Export(source.model, source, length=length, profile=profile), source
         carried = plan_of(source)
         model = PlanModel.of(source) if carried is None else carried.model

@@ -24,6 +24,8 @@ from headscope.errors import PlanError, refusal
 
 BLOCK = 128
 """Tokens a side of a tile, where a pattern or an engine counts in tiles."""
+LARGEST = 2**31 - 1
+"""The most that a pattern counts: products of two such numbers still fit in the int64 of positions."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Pattern(ABC):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise refusal(PlanError, f"{self.kind} with {name}={value!r}", f"it counts tokens and is {lowest} or more", "correct it")
+            if value > LARGEST:
+                raise refusal(PlanError, f"{self.kind} with {name}={value}", f"it counts tokens, {LARGEST:,} at most", "use a smaller one")
 
 
 @dataclass(frozen=True)
@@ -195,13 +199,24 @@ class Strided(Pattern):
         return always[None, :] | (rows[:, None] - keys[None, :] < self.window)
 
     def kept(self, length: int) -> float:
-        keys = torch.arange(max(0, length - self.window))  # what lies behind some row's window
-        always = (keys < self.sink) | ((keys // self.block) % self.stride == self.offset)
-        return _triangle(length, self.window) + float(always.cumsum(0).sum())
+        behind, sink, starts, size = self._behind(length)  # key s lies behind the window of behind - s rows
+        tiles = size * (behind - starts) - size * (size - 1) // 2
+        return _triangle(length, self.window) + float(tiles.sum()) + sink * behind - sink * (sink - 1) / 2
 
     def cached(self, length: int) -> float:
-        keys = torch.arange(length)
-        return float(self.visible(torch.tensor([max(0, length - 1)]), keys).sum())
+        _, sink, _, size = self._behind(length)
+        return float(min(length, self.window) + sink + size.sum())
+
+    def _behind(self, length: int) -> tuple[int, int, Tensor, Tensor]:
+        """Of what lies behind the last row's window: how many keys, how many of them in the sink, and the kept tiles' first keys and sizes
+        without the sink. Tile by tile: a text of 100 million tokens must not cost as much memory.
+        """
+        behind, first = max(0, length - self.window), self.offset * self.block
+        sink = min(self.sink, behind)
+        starts = torch.arange(first, max(behind, first), self.stride * self.block)
+        ends = (starts + self.block).clamp(max=behind)
+        starts = starts.clamp(min=sink)
+        return behind, sink, starts, (ends - starts).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope.errors import PlanError, refusal
-from headscope.plans.patterns import Dense, Pattern
+from headscope.plans.patterns import Dense, Pattern, Streaming
 from headscope.plans.registry import pattern_from
 
 if TYPE_CHECKING:
@@ -180,18 +180,17 @@ class SparsePlan:
         return sum(4.0 * dims[layer] * kept(pattern) for (layer, _), pattern in self.patterns.items())
 
     def cached_keys(self, length: int) -> dict[tuple[int, int], float]:
-        """(layer, key head) -> keys that must stay cached after `length` tokens: what the neediest query head of the group needs.
+        """(layer, key head) -> keys that must stay cached after `length` tokens.
 
         Heads of a group with different patterns need the union of their keys; a streaming head inside a dense head's group saves compute
-        and no memory.
+        and no memory. Sinks and windows are joined exactly; of other kinds beside each other the neediest counts, the least it can be.
         """
         _check(length)
         cached = _cached(lambda pattern: pattern.cached(length))
-        out: dict[tuple[int, int], float] = {}
+        groups: dict[tuple[int, int], set[Pattern]] = {}
         for (layer, head), pattern in self.patterns.items():
-            place = (layer, self.model.kv_head(layer, head))
-            out[place] = max(out.get(place, 0.0), cached(pattern))
-        return out
+            groups.setdefault((layer, self.model.kv_head(layer, head)), set()).add(pattern.fixed(length))
+        return {place: max(cached(pattern) for pattern in (*patterns, *_joined(patterns))) for place, patterns in groups.items()}
 
     def kv_bytes(self, length: int, bytes_per_value: int = 2) -> float:
         """Bytes of keys and values that stay cached after `length` tokens, over all layers, for one sequence."""
@@ -382,6 +381,14 @@ class SparsePlan:
             )
         )
         return {"text/plain": repr(self), "text/html": f"<table><tbody>{rows}</tbody></table>"}
+
+
+def _joined(patterns: set[Pattern]) -> tuple[Pattern, ...]:
+    """The union of the sinks and windows among these patterns; none where there are fewer than two."""
+    found = [one for one in patterns if isinstance(one, Streaming)]
+    if len(found) < 2:
+        return ()
+    return (Streaming(max(one.sink for one in found), max(one.window for one in found), any(one.compensate for one in found)),)
 
 
 def _cached(value: Callable[[Pattern], float]) -> Callable[[Pattern], float]:

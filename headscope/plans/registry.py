@@ -26,7 +26,7 @@ def pattern_from(given: Any) -> Pattern:
     """A pattern from plain data. Raises PlanError for an unknown kind or field, or values that describe no pattern."""
     if not isinstance(given, dict) or "kind" not in given:
         raise refusal(PlanError, f"{str(given)[:60]}", 'a pattern is {"kind": ..., its fields}', "see headscope.plans.PATTERNS")
-    if given["kind"] not in PATTERNS:
+    if not isinstance(given["kind"], str) or given["kind"] not in PATTERNS:
         raise unknown_name(PlanError, "pattern", str(given["kind"]), PATTERNS)
     cls = PATTERNS[given["kind"]]
     known = {item.name for item in fields(cls)}
@@ -34,6 +34,9 @@ def pattern_from(given: Any) -> Pattern:
     for name in values:
         if name not in known:
             raise unknown_name(PlanError, f"field of {cls.kind}", name, known)
+    for item in fields(cls):
+        if item.type == "bool" and not isinstance(values.get(item.name, False), bool):
+            raise refusal(PlanError, f"{cls.kind} with {item.name}={str(values[item.name])[:60]}", "it is true or false", "correct it")
     try:
         return cls(**values)
     except TypeError as error:

@@ -70,10 +70,17 @@ def check_plan(given: Any) -> None:
         for name in lists
     ):
         raise refusal(PlanError, "the plan's model", f"{', '.join(lists)} are lists of whole numbers", "see headscope.plans.JSON_SCHEMA")
+    for name in ("name", "fingerprint"):
+        if not isinstance(model.get(name, "" if name == "fingerprint" else None), str):
+            raise refusal(PlanError, f"model.{name} = {str(model.get(name))[:60]}", "it is a text", "see headscope.plans.JSON_SCHEMA")
     count = len(model["layers"])
     for name in lists:
         if len(model[name]) != count or count == 0:
             raise refusal(PlanError, f"model.{name} of {len(model[name])}", f"there are {count} layers", "give one per layer")
+    if model["layers"] != sorted({one for one in model["layers"] if one >= 0}):
+        raise refusal(PlanError, f"model.layers {str(model['layers'])[:60]}", "they are 0 or more, each once, ascending", "correct them")
+    if min(model["head_dim"]) < 1:
+        raise refusal(PlanError, f"model.head_dim {min(model['head_dim'])}", "a head has 1 number or more", "correct it")
     for layer, heads, groups in zip(model["layers"], model["heads"], model["kv_heads"], strict=True):
         if groups < 1 or heads < 1 or heads % groups:
             raise refusal(

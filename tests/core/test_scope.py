@@ -59,6 +59,8 @@ def test_fingerprint_tells_weights_and_configs_apart():
         changed.model.layers[1].mlp.up_proj.weight += 0.01
     assert Scope(changed).fingerprint != first
     assert Scope(make(llama, rms_norm_eps=1e-4)).fingerprint != first
+    assert Scope(copy.deepcopy(model).bfloat16()).fingerprint == first  # a plan made in one type runs in the other
+    assert Scope(changed.bfloat16()).fingerprint != first
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,3 +131,13 @@ def test_plans_that_do_not_fit_are_refused() -> None:
     with pytest.raises(PlanError, match="other weights"):
         plan.check(Scope(other, name="other"))
     plan.check(Scope(other, name="other"), force=True)
+
+
+def test_heads_of_a_group_need_the_union_of_their_sinks_and_windows():
+    """A wide sink beside a wide window: together they keep more than either alone."""
+    model = PlanModel("m", (0,), (2,), (1,), (8,))
+    plan = SparsePlan(model, {(0, 0): Streaming(64, 256), (0, 1): Streaming(4, 512)})
+    rows, keys = torch.tensor([4095]), torch.arange(4096)
+    union = plan[0, 0].visible(rows, keys) | plan[0, 1].visible(rows, keys)
+    assert plan.cached_keys(4096) == {(0, 0): int(union.sum())} == {(0, 0): 64 + 512}
+    assert plan.cached_keys(300) == {(0, 0): 300}

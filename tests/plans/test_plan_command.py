@@ -102,6 +102,9 @@ def test_the_list_has_every_planner(headscope) -> None:
         (["--method", "duo", "-o", "sink=1", "-o", "sink=2", "--out", "OUT"], "pass it once"),
         (["--method", "duo", "-o", "size=1", "--out", "OUT"], "unknown option of planner 'duo' 'size'"),
         (["--method", "razor", "--out", "OUT"], "--probes razor"),
+        (["--method", "s2", "-o", "density=0.3", "--density", "0.4", "--out", "OUT"], "--density 0.4 beside --option density=0.3"),
+        (["--method", "s2", "-o", "length=512", "--length", "1024", "--out", "OUT"], "--length 1024 beside --option length=512"),
+        (["--method", "s2", "-o", "stride=99999999999999999999999", "--out", "OUT"], "2,147,483,647 at most"),
     ],
 )
 def test_one_line_for_each_mistake(headscope, run_directory: Path, tmp_path: Path, given: list[str], words: str) -> None:

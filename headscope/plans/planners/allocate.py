@@ -23,6 +23,8 @@ from headscope.plans.registry import pattern_from
 
 OBJECTIVES = ("squares", "margin", "error", "norm", "mass")
 TABLE = "pattern_cost.candidates"
+WINDOWS = 0.4
+"""Share of the cache from which a plan that is not tried out takes windows alone: keys chosen once may miss what a later step needs."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Allocate(Planner):
     Squares are right where heads err independently, roots where heads that do the same err together. Which holds is not known beforehand:
     with a live model, "auto" makes the plan of every objective, and of the largest budget or choice that all heads can have at once, runs
     each on `trials` texts of each kind that nothing was measured on, and takes the one that costs fewest nats; without, it takes "squares"
-    for density and "margin" for cache.
+    for density and "error" for cache, where from a cache of 0.4 on it takes no budgets of chosen keys.
 
     Every kind of text weighs the same, by its loss when every head has its worst candidate. Heads that share keys are planned together
     where `cache` is given, since a key head costs what its neediest query head keeps; rules that choose keys in the prefill and keep all
@@ -72,10 +74,13 @@ class Allocate(Planner):
         if self.objective != "auto":
             return self._solve(evidence, self.objective)
         if evidence.scope is None:
-            objective = "squares" if evidence.cache is None else "margin"
+            objective = "squares" if evidence.cache is None else "error"
             evidence.note(f"objective {objective}, not tried out: no live model was given")
-            return self._solve(evidence, objective)
+            windows = evidence.cache is not None and evidence.cache >= WINDOWS
+            return (replace(self, dynamic=False) if windows else self)._solve(evidence, objective)
         made = {objective: self._solve(evidence, objective) for objective in OBJECTIVES}
+        if evidence.cache is not None and self.dynamic:
+            made |= {f"{name}, windows alone": replace(self, dynamic=False)._solve(evidence, name) for name in ("squares", "error")}
         made |= self._uniform(evidence)
         plans = [SparsePlan(evidence.model, patterns) for patterns in made.values()]
         at, costs = best(Trials.of(evidence.scope, evidence.length, self.trials), plans)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from headscope.errors import PlanError, refusal, unknown_name
-from headscope.plans.patterns import Dense, Pattern
+from headscope.plans.patterns import LARGEST, Dense, Pattern
 from headscope.plans.plan import Place, PlanModel, SparsePlan
 
 if TYPE_CHECKING:
@@ -348,6 +348,8 @@ def whole(planner: str, name: str, value: Any, lowest: int = 0) -> None:
     """PlanError for a value that does not count tokens."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise refusal(PlanError, f"{planner} with {name}={value!r}", f"it counts and is {lowest} or more", "correct it")
+    if value > LARGEST:
+        raise refusal(PlanError, f"{planner} with {name}={value}", f"it counts, {LARGEST:,} at most", "use a smaller one")
 
 
 def plain(value: Any) -> Any:
