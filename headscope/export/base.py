@@ -97,12 +97,12 @@ class Format(ABC):
         return Fitted.of(plan)
 
     def encode(self, export: Export) -> dict[str, bytes]:
-        """The target's files by name, `main` first, of a fitted plan."""
-        raise NotImplementedError
+        """The target's files by name, `main` first, of a fitted plan. Formats with `plans` define it."""
+        raise refusal(ExportError, f"a plan as {self.name}", "that format holds scores only", "export the profile that has them")
 
     def encode_scores(self, export: Export) -> tuple[dict[str, bytes], dict[Place, float]]:
-        """The target's files of scores, and the score written for each head."""
-        raise NotImplementedError
+        """The target's files of scores, and the score written for each head. Formats with `metrics` define it."""
+        raise refusal(ExportError, f"scores as {self.name}", "that format holds a plan", "make a plan first: profile.plan(...)")
 
     @abstractmethod
     def decode(self, path: Path, hints: Hints) -> Found:

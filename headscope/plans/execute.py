@@ -381,6 +381,8 @@ def executing(
     """Runs the model under a plan inside the block: see `Scope.execute`."""
     if cache not in CACHES:
         raise unknown_name(PlanError, "cache", cache, CACHES)
+    if not hasattr(plan, "check"):
+        raise refusal(PlanError, f"{plan!r:.60}", "it is no SparsePlan", "pass SparsePlan.load(path), or what profile.plan(...) gave")
     plan.check(scope, force=force)
     modules = scope.topology.main
     windows = {module.layer or 0: module.window for module in modules}

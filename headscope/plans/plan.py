@@ -302,7 +302,7 @@ class SparsePlan:
         """From `to_json`; PlanError for anything else."""
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists too deep
             raise refusal(PlanError, f"{text[:60]!r}", f"it is no JSON ({error})", "pass what SparsePlan.to_json gave") from None
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

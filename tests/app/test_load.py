@@ -34,7 +34,7 @@ def test_four_clients_get_every_tile(address: str) -> None:
     assert result.exact
     assert result.stored
     assert found["largest_bytes"] < 2_000_000
-    assert 0 < found["all"]["p50"] <= found["all"]["p95"] <= found["all"]["max"]  # type: ignore[index]
+    assert 0 < found["all"]["p50"] <= found["all"]["p95"] <= found["all"]["max"]
 
 
 def test_the_command_prints_json_and_fails_on_errors(

@@ -160,7 +160,7 @@ def test_shapes_that_do_not_go_together_are_refused() -> None:
         (facts, np.zeros((1, 513, 4, 3), np.uint8), weights),
         (facts, picture, weights, np.zeros((1, 1, 2, 6, 5), np.float32)),
         (facts, picture, weights.astype(np.float64)),
-        (PictureFacts("film", ("a", "b"), (2, 3)), picture, weights),  # type: ignore[arg-type]
+        (PictureFacts("film", ("a", "b"), (2, 3)), picture, weights),
     ):
         with pytest.raises(RunError):
             Pictures(*wrong)

@@ -197,7 +197,7 @@ def test_rtp_llm_takes_a_missing_layer_for_all_retrieval(tmp_path: Path) -> None
     path.write_text(json.dumps(config))
     found = read(path, "rtp-llm").plan_found
     assert found is not None
-    assert rtp.retrieval(config["headwise_config"], 2, 4).all()  # type: ignore[arg-type]
+    assert rtp.retrieval(config["headwise_config"], 2, 4).all()
     assert [found[layer, 1] for layer in range(3)] == [Dense(), Streaming(4, 8), Dense()]
     assert found.model.kv_heads == (2, 2, 2)
 

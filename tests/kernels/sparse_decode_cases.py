@@ -39,7 +39,7 @@ class Step:
         return decode(
             self.q, places or Places.of(self.k, self.v), self.rules, self.lengths, self.work, scale=self.scale, starts=self.starts,
             lists=self.lists, softcap=self.softcap, sink_logits=self.sinks, window=self.window, key_valid=self.valid, ranges=self.ranges,
-            **more,  # type: ignore[arg-type]
+            **more,
         )  # fmt: skip
 
     def seen(self) -> torch.Tensor:

@@ -77,7 +77,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_statistic(case: str, dtype: torch.dtype) -> None:
-    call = make_call(dtype=dtype, **CASES[case])  # type: ignore[arg-type]
+    call = make_call(dtype=dtype, **CASES[case])
     end = max(call.query_offset + call.q.shape[2], call.key_offset + call.k.shape[2])
     agrees(call, every(end, block=32, local_window=20))
 
@@ -235,7 +235,7 @@ def test_memory_grows_with_the_length_not_its_square() -> None:
     class Largest(TorchDispatchMode):
         numbers = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for value in out if isinstance(out, (tuple, list)) else [out]:
                 if isinstance(value, torch.Tensor):

@@ -63,7 +63,7 @@ SHAPES = {
 @pytest.mark.parametrize("case", SHAPES)
 def test_calls_that_do_not_fit(case: str) -> None:
     change, message = SHAPES[case]
-    call: AttentionCall = replace(make_call(rows=8), **change)  # type: ignore[arg-type]
+    call: AttentionCall = replace(make_call(rows=8), **change)
     with pytest.raises(CaptureError, match=message):
         measure(call, StatisticsRequest())
 

@@ -31,7 +31,7 @@ FACTS = {
 
 @pytest.mark.parametrize("facts", FACTS)
 def test_windows_of_weights(facts: str) -> None:
-    call = make_call(**{"rows": 90, **FACTS[facts]})  # type: ignore[arg-type]
+    call = make_call(**{"rows": 90, **FACTS[facts]})
     lse = measure(call, StatisticsRequest(names=("lse",))).rows["lse"]
     expected = naive_weights(call)
     if call.mask.query_valid is not None:
@@ -46,7 +46,7 @@ def test_windows_of_weights(facts: str) -> None:
 
 @pytest.mark.parametrize("facts", FACTS)
 def test_rows_of_output(facts: str) -> None:
-    call = make_call(with_values=True, **{"rows": 90, **FACTS[facts]})  # type: ignore[arg-type]
+    call = make_call(with_values=True, **{"rows": 90, **FACTS[facts]})
     rows = torch.tensor([0, 1, call.q.shape[2] - 1])
     assert call.v is not None
     expected = naive_weights(call) @ call.v.double().repeat_interleave(call.group, 1)

@@ -21,7 +21,7 @@ def planted(scores: torch.Tensor, backend: str, mask: MaskFacts | None = None, *
     n = scores.shape[0]
     call = AttentionCall("m", 0, scores[None, None], torch.eye(n)[None, None], None, 1.0, mask or MaskFacts(True))
     with use_backend(backend):
-        return measure(call, StatisticsRequest(**{"names": ("passive", "diagonal_sum"), **request}))  # type: ignore[arg-type]
+        return measure(call, StatisticsRequest(**{"names": ("passive", "diagonal_sum"), **request}))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

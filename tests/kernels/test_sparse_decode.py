@@ -49,7 +49,7 @@ def call_of(rows: int = 1, padded: bool = False, offset: int = 0, **more: object
     valid = None if first is None else torch.arange(offset, offset + 90, device=device)[None] >= first[:, None]
     mask = MaskFacts(causal=True, key_valid=valid)
     given = {"query_offset": 90 + offset - rows, "key_offset": offset, "first_token": first, **more}
-    return AttentionCall("m", 0, q, k, v, 0.2, mask, **given)  # type: ignore[arg-type]
+    return AttentionCall("m", 0, q, k, v, 0.2, mask, **given)
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -241,7 +241,7 @@ def test_what_was_dropped_cannot_come_back(scope: Scope) -> None:
 
 def test_unknown_caches_and_models_without_one(scope: Scope) -> None:
     plan = SparsePlan.uniform(scope, Streaming(2, 8))
-    with pytest.raises(PlanError, match="did you mean free"), scope.execute(plan, cache="freed"):  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="did you mean free"), scope.execute(plan, cache="freed"):
         pass
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,6 +111,12 @@ def test_generate_and_afterwards_the_model_is_as_before(scope: Scope) -> None:
     assert torch.equal(scope.model(tokens).logits, before)
 
 
+@pytest.mark.parametrize("given", [None, "plan.json"])
+def test_what_is_no_plan_is_refused(scope: Scope, given: Any) -> None:
+    with pytest.raises(PlanError, match="it is no SparsePlan"), scope.execute(given):
+        pass
+
+
 def test_a_plan_that_drops_nothing_is_left_to_the_host(scope: Scope) -> None:
     tokens = ids(40)
     with scope.execute(SparsePlan.uniform(scope, Streaming(4, 40))) as ran:
@@ -185,7 +193,7 @@ def test_top_blocks_finds_planted_blocks(rule: str) -> None:
     for tile in (5, 7):
         call.q[0, 0, tile * 16 : tile * 16 + 16] = code
     mass = {"anchor": 1.0}.get(rule, 0.9)
-    found = choose(call, 0, TopBlocks(mass=mass, rule=rule, block=16, stride=4))  # type: ignore[arg-type]
+    found = choose(call, 0, TopBlocks(mass=mass, rule=rule, block=16, stride=4))
     assert isinstance(found, Blocks)
     for tile in range(10):
         assert {0, tile} <= set(found.row(tile))
@@ -213,8 +221,8 @@ def test_budget_takes_what_the_window_weighs_most() -> None:
     call = call_of(120, seed=5)
     found = choose(call, 0, Budget(10, window=16, pool=1))
     scores = weights(call)[-16:, :104].sum(0)
-    assert set(found.columns) == set(scores.topk(10).indices.tolist())  # type: ignore[attr-defined]
-    assert found.since == 104  # type: ignore[attr-defined]
+    assert set(found.columns) == set(scores.topk(10).indices.tolist())
+    assert found.since == 104
     assert found.cached(130) == 10 + 26
 
 
@@ -222,8 +230,8 @@ def test_top_keys_of_a_decode_row() -> None:
     call = call_of(120, rows=1, seed=6)
     found = choose(call, 0, TopKeys(12, sink=2, window=8))
     row = weights(call)[0]
-    assert set(found.columns) == {0, 1} | set((row[2:112].topk(10).indices + 2).tolist())  # type: ignore[attr-defined]
-    assert found.since == 112  # type: ignore[attr-defined]
+    assert set(found.columns) == {0, 1} | set((row[2:112].topk(10).indices + 2).tolist())
+    assert found.since == 112
     assert torch.allclose(last_weights(call, 0, 1)[0][0], row)
 
 

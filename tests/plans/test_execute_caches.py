@@ -43,7 +43,7 @@ def test_texts_of_different_lengths_write_what_they_write_alone(scope: Scope) ->
     plan = cases.plan_of(scope, cases.PLANS["mixed"])
     both = cases.padded()
     for cache in ("model", "free"):
-        with scope.execute(plan, cache=cache):  # type: ignore[arg-type]
+        with scope.execute(plan, cache=cache):
             together = scope.generate(both["input_ids"], attention_mask=both["attention_mask"], max_new_tokens=5).new_ids
             alone = [
                 scope.generate(cases.ids(60, 2), max_new_tokens=5).new_ids[0],
@@ -69,7 +69,7 @@ def test_plans_of_another_model_are_refused_with_either_cache(scope: Scope) -> N
         parameter.data.add_(0.01)
     plan = SparsePlan.uniform(Scope(other.model, name="other"), Streaming(2, 8))
     for cache in ("model", "free"):
-        with pytest.raises(PlanError, match="the same shape and other weights"), scope.execute(plan, cache=cache):  # type: ignore[arg-type]
+        with pytest.raises(PlanError, match="the same shape and other weights"), scope.execute(plan, cache=cache):
             pass
 
 

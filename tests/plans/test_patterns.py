@@ -125,7 +125,7 @@ def test_closed_forms() -> None:
         (lambda: Blocks(()), "nothing to keep"),
         (lambda: TopBlocks(), "exactly one"),
         (lambda: TopBlocks(share=0.0), "0 < share"),
-        (lambda: TopBlocks(mass=0.9, rule="best"), "'best'"),  # type: ignore[arg-type]
+        (lambda: TopBlocks(mass=0.9, rule="best"), "'best'"),
         (lambda: Span(0.5, 0.0), "empty"),
         (lambda: pattern_from({"kind": "streming", "sink": 1, "window": 2}), "did you mean streaming"),
         (lambda: pattern_from({"kind": "streaming", "sink": 1, "windw": 2}), "did you mean window"),
@@ -135,4 +135,4 @@ def test_closed_forms() -> None:
 )
 def test_refusals(make: object, words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        make()  # type: ignore[operator]
+        make()

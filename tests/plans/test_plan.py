@@ -104,12 +104,25 @@ def changed(**changes: object) -> dict[str, object]:
         (changed(model__head_dim=[8, 8]), "there are 3 layers"),
         (changed(patterns=[{"kind": "streaming", "sink": 1, "window": 0}]), "window=0"),
         (changed(patterns=[{"kind": "magic"}]), "'magic'"),
+        (changed(patterns=[{"kind": []}]), r"unknown pattern '\[\]'"),
+        (changed(patterns=[{"kind": "streaming", "sink": 1, "window": 2, "compensate": None}]), "compensate=None: it is true or false"),
+        (changed(patterns=[{"kind": "streaming", "sink": 10**30, "window": 2}]), "2,147,483,647 at most"),
+        (changed(model__name=7), "model.name = 7: it is a text"),
+        (changed(model__fingerprint=[1]), "model.fingerprint"),
+        (changed(model__layers=[0, 0, 2]), "each once, ascending"),
+        (changed(model__head_dim=[8, 0, 8]), "model.head_dim 0"),
         ([], "headscope-plan"),
     ],
 )
 def test_damaged_plans_are_refused_by_name(given: object, words: str) -> None:
     with pytest.raises(PlanError, match=words):
         SparsePlan.from_dict(given)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"schema": ' + "9" * 6000 + "}"])
+def test_text_that_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="it is no JSON"):
+        SparsePlan.from_json(text)
 
 
 def test_plans_that_do_not_fit_are_refused() -> None:

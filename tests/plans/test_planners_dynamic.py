@@ -92,7 +92,7 @@ def searched(tokens: int) -> tuple[Shown, pd.DataFrame]:
         card = type("Card", (), {"data": [{"tokens": tokens, "kind": "natural"}, {"tokens": 7, "kind": "own"}], "model": {}})()
 
     shown = Shown(SHAPE, 2 * tokens, {"minference.search": table})
-    shown.profile = Facts()  # type: ignore[assignment]
+    shown.profile = Facts()
     return shown, table
 
 
@@ -131,7 +131,7 @@ def test_tidal_has_dense_layers_choosers_and_takers() -> None:
         assert made[5, head] == TopKeys(32, sink=0, window=1, source=(4, head))
     as_published = plan(PlanModel("llama", tuple(range(32)), (8,) * 32, (8,) * 32, (64,) * 32), "tidal", length=4096)
     assert [layer for layer in range(32) if getattr(as_published[layer, 0], "full", False)] == [2, 13]
-    assert as_published[13, 0].keep == 256  # type: ignore[attr-defined]
+    assert as_published[13, 0].keep == 256
     assert "correction" not in str(plan(SHAPE, "tidal", start=5, length=512).notes)
     with pytest.raises(PlanError, match="as a chooser"):
         plan(SHAPE, "tidal", start=6, length=512)
@@ -287,13 +287,13 @@ def test_thresholds_meet_a_density_on_a_live_model(needle: Scope, method: str) -
 def test_xattention_thresholds_per_head_reach_their_recall(needle: Scope) -> None:
     text = TEXT * 8
     made = plan(needle, "xattention", recall=0.95, text=text, length=64, block=8, stride=4)
-    thresholds = {pattern.mass for pattern in made.patterns.values()}  # type: ignore[attr-defined]
+    thresholds = {pattern.mass for pattern in made.patterns.values()}
     assert len(thresholds) > 2
     found = curves(
         needle, [TopBlocks(mass=one, rule="antidiagonal", block=8, stride=4) for one in sorted(thresholds)], needle.encode(text)[0][:64]
     )
     for head, place in enumerate(found.places):
-        number = sorted(thresholds).index(made[place].mass)  # type: ignore[attr-defined]
+        number = sorted(thresholds).index(made[place].mass)
         assert found.mass[number, head] >= 0.95 - 1e-6
         assert number == 0 or found.mass[number - 1, head] < 0.95
 

@@ -91,7 +91,7 @@ def test_flex_blocks_equal_the_naive_choice(length: int, tau: float, head: int) 
     expected, aware = naive_flex(call, head, rule)
     assert aware == (tau > 0)
     found = choose(call, head, rule)
-    assert [set(found.row(tile)) for tile in range(10)] == expected  # type: ignore[attr-defined]
+    assert [set(found.row(tile)) for tile in range(10)] == expected
     assert sum(map(len, expected)) < 55, "nothing was left out, so nothing was tested"
 
 
@@ -141,9 +141,8 @@ def test_chunks_choose_for_their_rows() -> None:
     at, rows = torch.arange(160), torch.arange(96, 160)
     assert torch.equal(whole.visible(rows, at), part.visible(rows, at))
     flex = FlexBlocks(0.7, 0.0, 16)
-    assert [choose(call_of(160, rows=64), 0, flex).row(n) for n in range(6, 10)] == [  # type: ignore[attr-defined]
-        choose(call_of(160), 0, flex).row(n)
-        for n in range(6, 10)  # type: ignore[attr-defined]
+    assert [choose(call_of(160, rows=64), 0, flex).row(n) for n in range(6, 10)] == [
+        choose(call_of(160), 0, flex).row(n) for n in range(6, 10)
     ]
     for one in (rule, flex):
         with pytest.raises(PlanError, match="multiple of 16"):
@@ -158,7 +157,7 @@ def test_stripes_keep_what_scores_near_the_anchor() -> None:
     call.k[0, 0, :, 0] = 0
     call.k[0, 0, 41, 0] = 9.0
     found = choose(call, 0, Stripes(-1.0, block=16, step=2))
-    assert found.columns[3] == (41,)  # type: ignore[attr-defined]
+    assert found.columns[3] == (41,)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_patterns_are_registered_and_count_as_dense_until_measured(pattern: Patt
 )
 def test_values_that_describe_no_pattern_are_refused(make: object, what: str) -> None:
     with pytest.raises(PlanError, match=what):
-        make()  # type: ignore[operator]
+        make()
 
 
 def test_fewest_is_the_smallest_set() -> None:
@@ -212,10 +211,10 @@ def test_minference_indices_follow_the_paper() -> None:
     last = weights[-64:]
     columns = last.sum(0)
     expected = set(range(30)) | set((columns[30:].topk(60).indices + 30).tolist())
-    assert set(found.columns) == expected  # type: ignore[attr-defined]
+    assert set(found.columns) == expected
     slash = torch.zeros(700, dtype=torch.float64)
     for i in range(64):
         for s in range(637 + i):
             slash[636 + i - s] += last[i, s]
-    assert set(found.diagonals) == set(range(100)) | set((slash[100:].topk(80).indices + 100).tolist())  # type: ignore[attr-defined]
+    assert set(found.diagonals) == set(range(100)) | set((slash[100:].topk(80).indices + 100).tolist())
     assert element(call, 0).q.shape == call.q.shape

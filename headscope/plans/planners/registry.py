@@ -73,6 +73,8 @@ def planner(method: str | Planner | type[Planner], **options: Any) -> Planner:
         if method not in PLANNERS:
             raise unknown_name(PlanError, "planner", method, PLANNERS)
         method = PLANNERS[method]
+    if not (isinstance(method, type) and issubclass(method, Planner)):
+        raise refusal(PlanError, f"planner {method!r:.60}", "it is no name and no planner", f"use one of {', '.join(PLANNERS)}")
     known = {item.name for item in fields(method)}
     for name in options:
         if name not in known:

@@ -46,7 +46,7 @@ class DuoAttentionPress:
 def module(path: Path) -> Iterator[Any]:
     """The exported module, imported where `kvpress` is this file."""
     stand_in = types.ModuleType("kvpress")
-    stand_in.DuoAttentionPress = DuoAttentionPress  # type: ignore[attr-defined]
+    stand_in.DuoAttentionPress = DuoAttentionPress
     before = sys.modules.get("kvpress")
     sys.modules["kvpress"] = stand_in
     found = types.ModuleType("headscope_press_under_test")
