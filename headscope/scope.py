@@ -335,7 +335,7 @@ class Scope:
             options["pad_token_id"] = 0 if end is None else end
         if options.get("do_sample") is False:  # settings of sampling that a checkpoint brings along would only make it warn
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        for executor in self._attachment.executors_here():
+        for executor in self.executors:
             if "past_key_values" not in options and getattr(executor, "frees", False):
                 options["past_key_values"] = executor.new_cache()
         out = self.model.generate(**inputs, **options)
@@ -405,6 +405,11 @@ class Scope:
         from headscope.plans.execute import executing
 
         return executing(self, plan, force=force, cache=cache, fallback=fallback)
+
+    @property
+    def executors(self) -> list[Any]:
+        """This thread's executors, the innermost first."""
+        return self._attachment.executors_here()
 
     @property
     def active_besides_plans(self) -> str:

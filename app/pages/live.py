@@ -152,14 +152,14 @@ def cancel(_: int | None, name: str | None) -> bool:
 
 def show_fields(kind: str) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str], str, float]:
     """Callback: the fields that a kind of change has."""
-    known = kind if kind in KINDS else "mask"
+    known = kind if isinstance(kind, str) and kind in KINDS else "mask"
     return (*shown_fields(known), STRENGTHS[known][1])
 
 
 def first_fields(kind: str) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str], str, Any]:
     """Callback at the first paint: as `show_fields`, and the strength of the address stays."""
     if ctx.triggered_id is None:
-        return (*shown_fields(kind if kind in KINDS else "mask"), no_update)
+        return (*shown_fields(kind if isinstance(kind, str) and kind in KINDS else "mask"), no_update)
     return show_fields(kind)
 
 

@@ -257,7 +257,10 @@ def about_line(method: Method | None) -> str:
 
 def format_facts(name: str) -> Component:
     """What a format holds and what it cannot."""
-    made = formats()[name]
+    known = formats()
+    if not isinstance(name, str) or name not in known:
+        return html.Div("Choose a format.", className="plan-format-facts")
+    made = known[name]
     return html.Div(
         [
             html.P([html.B("Holds: "), "; ".join(made.holds)]),

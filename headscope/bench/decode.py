@@ -98,7 +98,9 @@ def run(
     compiled anew for each of its rows and runs at the longest length only.
     """
     if not torch.cuda.is_available():
-        raise refusal(UnavailableError, "headscope bench decode", "it compares kernels of a CUDA device", "run it on one")
+        raise refusal(
+            UnavailableError, "headscope bench decode", "it compares kernels of a CUDA device, and there is none here", "run it on one"
+        )
     rows: list[list[Any]] = []
     notes: list[str] = []
     targets: list[dict[str, Any]] = []

@@ -384,6 +384,9 @@ def executing(
     if not hasattr(plan, "check"):
         raise refusal(PlanError, f"{plan!r:.60}", "it is no SparsePlan", "pass SparsePlan.load(path), or what profile.plan(...) gave")
     plan.check(scope, force=force)
+    if any(isinstance(one, PlanExecutor) for one in scope.executors):
+        why = "another plan is being executed already, and a call is computed under one"
+        raise refusal(PlanError, f"a second plan ({plan.method})", why, "leave the first block, or make one plan with plan.replace")
     modules = scope.topology.main
     windows = {module.layer or 0: module.window for module in modules}
     executor = PlanExecutor(plan, windows=windows, watching=lambda: scope.active_besides_plans, fallback=fallback)

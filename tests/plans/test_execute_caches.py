@@ -73,6 +73,16 @@ def test_plans_of_another_model_are_refused_with_either_cache(scope: Scope) -> N
             pass
 
 
+def test_two_plans_at_once_are_refused_and_the_first_goes_on(scope: Scope) -> None:
+    plan = SparsePlan.uniform(scope, Streaming(2, 8))
+    with scope.execute(plan, fallback=False):
+        alone = scope.model(cases.ids(30)).logits
+    with scope.execute(plan, fallback=False):
+        with pytest.raises(PlanError, match="already"), scope.execute(SparsePlan.uniform(scope, Streaming(1, 2))):
+            pass
+        assert torch.equal(scope.model(cases.ids(30)).logits, alone)
+
+
 def test_an_error_in_the_middle_closes_the_cache_and_restores_the_model(scope: Scope) -> None:
     before = scope.model(cases.ids(30)).logits
     caught: list[Any] = []
