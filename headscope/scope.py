@@ -9,10 +9,8 @@ Inputs are checked in `headscope.inputs`, before the model sees them.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -37,10 +35,6 @@ if TYPE_CHECKING:
     from headscope.plans import SparsePlan
     from headscope.plans.execute import PlanExecutor
     from headscope.profile import HeadProfile
-
-
-PASSING = ("transformers_version", "dtype", "torch_dtype")
-"""What a config says about how a model was loaded or saved, and not about the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,24 +123,10 @@ class Scope:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that two models share only if their config, their parameters' names and shapes, and a sample of every
-        parameter's values agree to bfloat16's precision. A copy in bfloat16 or float32 is the same model; a fine-tuned or quantised one
-        is not. Reads a few values per tensor, so it costs milliseconds."""
-        digest = hashlib.sha256()
-        known: Any = getattr(self.model, "config", None)
-        known = known.to_dict() if hasattr(known, "to_dict") else dict(known) if isinstance(known, Mapping) else {}
-        config = {key: value for key, value in known.items() if not key.startswith("_") and key not in PASSING}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            kind = "float" if value.is_floating_point() else str(value.dtype)
-            digest.update(f"{name}{tuple(value.shape)}{kind}".encode())
-            for part in _plain_parts(value.detach()):
-                if part.is_meta:  # weights that are kept on disk, or elsewhere, are known by their names and shapes
-                    continue
-                flat = part.reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 61)][:64]
-                digest.update(str(sample.bfloat16().tolist() if sample.is_floating_point() else sample.tolist()).encode())
-        return digest.hexdigest()[:16]
+        """16 hex digits that two models share only if they are the same model: see `headscope.fingerprint`."""
+        from headscope.fingerprint import fingerprint_of
+
+        return fingerprint_of(self.model)
 
     # ---- inputs -------------------------------------------------------------------------------------------------
 
@@ -477,15 +457,6 @@ def _refuse_checkpointing(model: Any) -> None:
             "its layers run a second time in the backward pass and would be counted twice",
             "call model.gradient_checkpointing_disable() or model.eval()",
         )
-
-
-def _plain_parts(value: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a quantisation library's tensor is made of (codes, scales), which it may not let be reshaped; else itself."""
-    if not hasattr(value, "__tensor_flatten__"):
-        yield value
-        return
-    for name in value.__tensor_flatten__()[0]:
-        yield from _plain_parts(getattr(value, name))
 
 
 def _execution_device(model: Any) -> torch.device:
