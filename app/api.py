@@ -6,7 +6,6 @@ depends on nothing but the run is sent with the run's version as its ETag, and f
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -24,8 +23,6 @@ from headscope.errors import HeadscopeError, RunError, refusal
 
 TOKENS_A_PAGE = 4096
 CACHE_BYTES = 96 * 2**20
-WARMED = 4
-"""Runs that are opened when the server starts."""
 _KEY = "headscope.api"
 
 
@@ -48,19 +45,6 @@ def install(server: flask.Flask) -> None:
     server.add_url_rule("/api/run/<run>/tokens/<int:page>", "hs_tokens", tokens)
     server.add_url_rule("/api/run/<run>/facts", "hs_facts", facts)
     server.register_error_handler(HeadscopeError, refused)
-
-
-def warm(server: flask.Flask) -> None:
-    """Does before the first visitor what would make them wait: the first exact cell imports torch, the first tile opens a run's maps."""
-    with server.app_context():
-        for run in list(context.index().paths())[:WARMED]:
-            with contextlib.suppress(HeadscopeError):  # a damaged run says so on its page
-                found = context.open_run(run)
-                if found.maps is not None:
-                    found.tile(found.maps.planes[0], len(found.maps.sizes) - 1, found.layers[0], 0, 0, 0)
-                exact = exact_head(found, found.kept_layers[0], 0) if found.kept_layers else None
-                if exact is not None:
-                    exact.window(exact.layer.first, exact.layer.first + 1, 0, 1)
 
 
 def served() -> Served:

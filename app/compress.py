@@ -14,6 +14,7 @@ from headscope.app.cache import SizedCache
 
 _KINDS = {"text/html", "text/css", "text/javascript", "application/javascript", "application/json", "image/svg+xml"}
 _FIXED = ("/_dash-component-suites/", "/assets/")
+FOREVER = 31_536_000
 LEAST_FIXED, LEAST_MADE = 2_048, 65_536
 KEPT = 32 * 2**20
 
@@ -26,6 +27,9 @@ def install(server: flask.Flask) -> None:
     def pack(response: flask.Response) -> flask.Response:
         request = flask.request
         fixed = any(part in request.path for part in _FIXED)
+        named = request.args.get("m") or response.cache_control.max_age == FOREVER
+        if fixed and response.status_code == 200 and named:  # the address names the version
+            response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
         fits = response.status_code == 200 and request.method in ("GET", "POST") and response.mimetype in _KINDS
         if not fits or "Content-Encoding" in response.headers or not request.accept_encodings.quality("gzip"):
             return response

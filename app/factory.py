@@ -12,13 +12,12 @@ from pathlib import Path
 import dash
 import flask
 
-from headscope.app import api, compress, context, upload_routes
+from headscope.app import api, application, bundle, compress, context, site, upload_routes
 from headscope.app import pictures as picture_routes
+from headscope.app.application import Dashboard
 from headscope.app.components import shell
 from headscope.app.live import access
 from headscope.app.live.owner import ModelOwner
-from headscope.app.page_template import INDEX
-from headscope.app.pages import compare, head, heads, live, not_found, pictures, plan, runs
 from headscope.app.runs import RunIndex
 from headscope.app.security import protect
 
@@ -32,7 +31,7 @@ def create_app(path: str | Path, *, token: str | None = None, model: ModelOwner 
     request must carry it (see `security`).
     """
     index = RunIndex(path)
-    app = dash.Dash(
+    app = Dashboard(
         "headscope.app",
         use_pages=True,
         pages_folder="",
@@ -42,26 +41,13 @@ def create_app(path: str | Path, *, token: str | None = None, model: ModelOwner 
         serve_locally=True,
         compress=False,
         suppress_callback_exceptions=True,
-        index_string=INDEX,
         include_pages_meta=False,
         on_error=_on_error,
     )
-    # The head's address comes first: Dash takes the first template that matches, and the run's would match both.
-    dash.register_page(
-        "headscope.app.pages.head", path_template="/run/<run>/head/<layer>/<head>", layout=head.layout, title=head.TITLE, order=0
-    )
-    dash.register_page("headscope.app.pages.plan", path_template="/run/<run>/plan", layout=plan.layout, title=plan.TITLE, order=-1)
-    dash.register_page(
-        "headscope.app.pages.pictures", path_template="/run/<run>/pictures", layout=pictures.layout, title=pictures.TITLE, order=0
-    )
-    dash.register_page("headscope.app.pages.heads", path_template="/run/<run>", layout=heads.layout, title=heads.TITLE, order=1)
-    dash.register_page("headscope.app.pages.runs", path="/", layout=runs.layout, title=runs.TITLE, order=2)
-    dash.register_page("headscope.app.pages.live", path_template="/live", layout=live.layout, title=live.TITLE, order=8)
-    dash.register_page("headscope.app.pages.compare", path_template="/compare", layout=compare.layout, title=compare.TITLE, order=4)
-    dash.register_page("headscope.app.pages.not_found_404", path="/not-found", layout=not_found.layout, title=not_found.TITLE, order=3)
     app.layout = shell.shell
-    for page in (runs, heads, head, live, compare, plan, pictures):
-        page.register(app)
+    site.register(app)
+    application.install(app)
+    bundle.install(app)
     context.bind(app.server, index)
     api.install(app.server)
     picture_routes.install(app.server)

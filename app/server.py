@@ -26,16 +26,16 @@ def listen(path: str | Path, host: str, port: int, token: str | None = None, mod
     """
     from waitress import create_server
 
-    from headscope.app.api import warm
     from headscope.app.factory import create_app
     from headscope.app.security import LOOPBACK_HOSTS, check_host
+    from headscope.app.warm import warm
 
     check_host(host, token)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a browser asks for more files at once than there are threads
     app = create_app(path, token=token, model=model)
     if token is None:
         app.server.config["TRUSTED_HOSTS"] = sorted({*LOOPBACK_HOSTS, host})
-    threading.Thread(target=warm, args=(app.server,), name="headscope-warm", daemon=True).start()
+    threading.Thread(target=warm, args=(app.server, token), name="headscope-warm", daemon=True).start()
     try:
         return create_server(app.server, host=host, port=port, threads=THREADS, ident="headscope")
     except OSError as error:

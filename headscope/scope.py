@@ -362,6 +362,11 @@ class Scope:
             if not any(actor.served for actor in actors):
                 warnings.warn(f"{interventions[0]!r}: the block ended and the model never ran in it, so nothing was changed", stacklevel=3)
 
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """The interventions that this thread has open, bound to the model, the outermost first."""
+        return tuple(self._attachment.interventions_here())
+
     @contextmanager
     def executing(self, executor: Any) -> Iterator[Scope]:
         """Let an executor (see `headscope.capture.attach.Executing`) compute attention outputs inside the block."""

@@ -20,8 +20,8 @@ import torch
 
 from headscope.errors import InterventionError, refusal
 from headscope.interventions.base import register
-from headscope.interventions.fold import Fold
-from headscope.interventions.head_edit import HeadEdit, Site
+from headscope.interventions.fold import Fold, shift
+from headscope.interventions.head_edit import HeadEdit, Rows, Site
 from headscope.interventions.keys import OTHERS, key_set, read_keys, refuse_classes
 from headscope.interventions.p_site import redistribute
 from headscope.interventions.score_edits import _number
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from headscope.sweeps import Sweep
 
 NOT_FIRST = "others_not_first"
+_SUMS = StatisticsRequest(("lse", "column_sum"))
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +101,10 @@ class ACT(HeadEdit):
                 )
         return bound
 
+    def passes_over(self, module: str) -> bool:
+        """For modules without one of its heads."""
+        return module not in self.bound.heads
+
     def after(self, call: AttentionCall, output: Tensor) -> Tensor:
         """The outputs with the sinks calibrated. Sums are kept in every phase, also where nothing is edited."""
         heads = self.heads_in(call)
@@ -109,19 +114,35 @@ class ACT(HeadEdit):
         rows = self.rows_in(call)
         if rows is None:
             return output
+        to_others, fold = isinstance(self.target, str) and self.target in (OTHERS, NOT_FIRST), Fold.of(call)
+        if to_others and received.real is None and call.first_token is None and fold.fused(heads):
+            return self._at_once(fold, output, heads, received, rows)
         sinks = self.sinks(received, call)
-        if isinstance(self.target, str) and self.target in (OTHERS, NOT_FIRST):
+        if to_others:
             spared = key_set(call, "first", None) if self.target == NOT_FIRST else None
             return redistribute(call, output, heads, sinks, keep=float(self.beta), rows=rows, spare=spared)
         target = key_set(call, self.target, self.bound.image_token)[:, None] & ~sinks
         return redistribute(call, output, heads, sinks, target, keep=float(self.beta), rows=rows, apart=True)
+
+    def _at_once(self, fold: Fold, output: Tensor, heads: list[int], received: Received, rows: Rows) -> Tensor:
+        """The same by two kernels, without padding: one finds the sinks and lists them, one calibrates them."""
+        from headscope.kernels.triton_keys import sinks_listed
+
+        call, apart = fold.call, self.target == NOT_FIRST
+        limit = self.limit(received.end)
+        keys = sinks_listed(received.sums, received.rows, limit, call.key_offset, call.k.shape[2], first=0, apart=apart)
+        return shift(fold, output, heads, keys, keep=float(self.beta), others=True, rows=rows)
+
+    def limit(self, tokens: int) -> float:
+        """The mean attention above which a token is a sink among so many."""
+        return float(self.alpha / tokens if self.threshold is None else self.threshold)
 
     def sinks(self, received: Received, call: AttentionCall) -> Tensor:
         """Bool [B, h, Nk]: the call's keys that are sinks of each head."""
         mean = received.sums / received.rows.clamp_min(1)[:, None]
         span = slice(call.key_offset, call.key_offset + call.k.shape[2])
         if received.real is None:
-            found = mean > (self.alpha / received.end if self.threshold is None else self.threshold)
+            found = mean > self.limit(received.end)
             found[:, :, 0] = False
             return found[:, :, span]
         length = received.real.sum(1).clamp_min(1)[:, None, None]
@@ -134,7 +155,7 @@ class ACT(HeadEdit):
     def _received(self, call: AttentionCall, heads: list[int]) -> Received:
         """The layer's sums, with this call's rows added."""
         fold = Fold.of(call)
-        part = measure(fold.sub(heads), StatisticsRequest(names=("lse", "column_sum")))
+        part = measure(fold.sub(heads), _SUMS)
         fold.know_lse(heads, part.rows["lse"])
         batch, rows = call.q.shape[0], call.q.shape[2]
         start, end = call.query_offset, call.query_offset + rows
@@ -210,7 +231,7 @@ class ACT(HeadEdit):
 
     def cost(self) -> str:
         """In words."""
-        return "one pass of the statistics kernel over these heads for lse and column sums, and sums over the sinks, O(N |S| d)"
+        return "one sweep of the statistics kernel over these heads for column sums, and one pass over the sinks, O(N |S| d)"
 
 
 def _whole(real: Tensor | None, like: Tensor, span: slice) -> Tensor:

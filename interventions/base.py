@@ -89,6 +89,10 @@ class Intervention:
         """Whether `after` will ask for the rows' normalisers, so that the host's own kernel may be asked to hand them out."""
         return False
 
+    def passes_over(self, module: str) -> bool:
+        """Whether a module's calls are nothing to it, neither to edit nor to look at, so that in a side tower they need not be read."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """The fields as they go into JSON; tensors are Values."""
         return {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("_")}

@@ -23,12 +23,13 @@ import torch
 from headscope.errors import InterventionError, refusal
 from headscope.interventions.head_edit import Rows
 from headscope.kernels.partial import head_index, partial_attention, row_lse, select_heads
-from headscope.kernels.shifted import fused
+from headscope.kernels.shifted import Gate, fused
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from headscope.call import AttentionCall
+    from headscope.kernels.triton_keys import KeyLists
 
 LIMIT = {torch.float64: 1e-5, torch.float32: 5e-2, torch.float16: 0.1, torch.bfloat16: 0.25}
 """Mass of a row, per dtype of z, below which what is left is summed directly: the error is the dtype's rounding divided by it."""
@@ -50,9 +51,8 @@ class Fold:
     stages: list[Stage] = field(default_factory=list)
     closed: dict[int, str] = field(default_factory=dict)
     """Head -> the edit after which its weights are no longer known entry by entry."""
-    _lse: dict[int, Tensor] = field(default_factory=dict)
     _shift: dict[int, Tensor] = field(default_factory=dict)
-    _whole: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _lse: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _subs: dict[tuple[int, ...], AttentionCall] = field(default_factory=dict)
 
     @classmethod
@@ -73,20 +73,23 @@ class Fold:
     def lse(self, heads: list[int]) -> Tensor:
         """[B, len(heads), Nq] normalisers of the rows as edited; NaN on rows that do not count."""
         self.refuse_closed(heads)
-        known = self._whole.get(tuple(heads))
+        known = self._lse.get(tuple(heads))
         if known is not None and not any(head in self._shift for head in heads):
             return known
-        missing = [head for head in heads if head not in self._lse]
+        missing = [head for head in heads if self._row(head) is None]
         if missing:
             self.know_lse(missing, row_lse(self.sub(missing)))
             return self.lse(heads)
-        rows = [self._lse[head] + self._shift[head] if head in self._shift else self._lse[head] for head in heads]
-        return torch.stack(rows, 1)
+        found = [(head, self._row(head)) for head in heads]
+        return torch.stack([lse + self._shift[head] if head in self._shift else lse for head, lse in found if lse is not None], 1)
 
     def know_lse(self, heads: list[int], lse: Tensor) -> None:
         """Normalisers [B, len(heads), Nq] of the unedited rows, measured elsewhere with other statistics."""
-        self._whole[tuple(heads)] = lse
-        self._lse.update({head: lse[:, index] for index, head in enumerate(heads)})
+        self._lse[tuple(heads)] = lse
+
+    def _row(self, head: int) -> Tensor | None:
+        """[B, Nq] normalisers of a head's unedited rows, None where they are not known yet."""
+        return next((lse[:, heads.index(head)] for heads, lse in self._lse.items() if head in heads), None)
 
     def fused(self, heads: list[int]) -> bool:
         """Whether the fold kernels can take the next edit of these heads: the first edit of their weights, on a device that has them."""
@@ -160,6 +163,45 @@ class Fold:
         return LIMIT.get(output.dtype, 0.25)
 
 
+def shift(
+    fold: Fold,
+    output: Tensor,
+    heads: list[int],
+    keys: KeyLists,
+    *,
+    keep: float,
+    others: bool,
+    rows: Rows = True,
+    gate: Tensor | Gate | None = None,
+    limit: float | None = None,
+) -> Tensor:
+    """A redistribution by its kernel, on a copy of `output`, entered into the fold: from the first set of `keys` to the second, or, with
+    `others`, to all keys in neither. Only where `fold.fused(heads)`; nothing waits for the device."""
+    from headscope.kernels.triton_partial import redistributed
+
+    refuse_gradients(output, "redistribute")
+    index = head_index(tuple(heads), output.device)
+    new, kept, grown = redistributed(
+        fold.sub(heads),
+        fold.lse(heads),
+        output,
+        index,
+        keys,
+        keep=keep,
+        others=others,
+        limit=fold.limit(output) if limit is None else limit,
+        gate=gate,
+        rows=None if rows is True else rows,
+    )
+    codes = keys.codes
+
+    def parts() -> list[tuple[Tensor, Tensor]]:
+        return [(codes & 1 != 0, kept), (codes == 0 if others else codes & 2 != 0, grown)]
+
+    fold.push(heads, table_stage(parts, rows))
+    return new
+
+
 def own_outputs(output: Tensor, heads: list[int], dtype: torch.dtype) -> Tensor:
     """[B, h, Nq, Dv] of an output [B, Nq, Hq, Dv], to compute with."""
     return output[:, :, head_index(tuple(heads), output.device)].transpose(1, 2).to(dtype)
@@ -197,12 +239,18 @@ def _log(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, zero, torch.full_like(zero, -math.inf))
 
 
-def table_stage(parts: list[tuple[Tensor, Tensor]], rows: Rows) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """A stage that multiplies disjoint key sets, bool [1 or B, 1 or h, Nk], by row factors [B, h, Nq] at the rows that are edited."""
+Parts = Callable[[], list[tuple["Tensor", "Tensor"]]]
+
+
+def table_stage(parts: Parts, rows: Rows) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A stage that multiplies disjoint key sets, bool [1 or B, 1 or h, Nk], by row factors [B, h, Nq] at the rows that are edited.
+
+    `parts` gives them when a later edit asks: most edits are the last of their heads.
+    """
     logs: list[tuple[Tensor, Tensor]] = []
 
     def log_factor(scores: Tensor, local: Tensor, part: Tensor, at: Tensor) -> Tensor:
-        for keys, factor in parts[len(logs) :]:  # taken when a later edit asks for it: most edits are the last of their heads
+        for keys, factor in () if logs else parts():
             value = factor if rows is True else torch.where(rows[:, None], factor, torch.ones((), dtype=factor.dtype, device=factor.device))
             logs.append((keys, value.log()))
         out = torch.zeros((), dtype=scores.dtype, device=scores.device)
@@ -217,4 +265,4 @@ def table_stage(parts: list[tuple[Tensor, Tensor]], rows: Rows) -> Callable[[Ten
     return log_factor
 
 
-__all__ = ["LIMIT", "Fold", "Rows", "Stage", "as_set", "own_outputs", "put", "refuse_gradients", "table_stage"]
+__all__ = ["LIMIT", "Fold", "Rows", "Stage", "as_set", "own_outputs", "put", "refuse_gradients", "shift", "table_stage"]

@@ -12,17 +12,16 @@ scaling columns and renormalising keeps keep / (keep m + 1 - m) of S's mass, not
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from headscope.errors import InterventionError, refusal, unknown_name
-from headscope.interventions.fold import Fold, Rows, as_set, own_outputs, put, refuse_gradients, table_stage
+from headscope.interventions.fold import Fold, Rows, as_set, own_outputs, put, refuse_gradients, shift, table_stage
 from headscope.interventions.head_edit import merged, taken
 from headscope.interventions.patterns import PATTERNS
-from headscope.kernels.partial import head_index
+from headscope.kernels.shifted import Gate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-12
 """Rows whose target set holds less mass are left as they are: there is nothing to give the freed mass to."""
-
-
-Gate = Callable[["Tensor", "Tensor"], "Tensor"]
-"""(mass on the target [B, h, Nq], mass on the watched keys) -> bool [B, h, Nq], the rows to edit."""
 
 
 def redistribute(
@@ -56,8 +51,8 @@ def redistribute(
 
     `source`, `target`: bool [Nk], [B, Nk] or [B or 1, h or 1, Nk]; `target` None means every key that is not in `source`. They must not
     overlap; `apart` says that they do not, and saves asking the device. `spare`: keys that a target of None leaves out. `gate` [B, h, Nq]
-    bool, or a function of masses that gives it, of those on target and on `watched`: rows it leaves out are not edited. `limit`: see
-    `fold.LIMIT`.
+    bool, or a Gate, which asks for the masses on target and on `watched`, some of the source's keys: rows it leaves out are not edited.
+    `limit`: see `fold.LIMIT`.
     """
     if keep == 1.0:
         return output
@@ -100,30 +95,15 @@ def _gain(m_s: Tensor, m_t: Tensor, m_w: Tensor | None, keep: float, gate: Tenso
 def _fused(
     fold: Fold, output: Tensor, heads: list[int], sets: _Sets, keep: float, rows: Rows, gate: Tensor | Gate | None, limit: float
 ) -> Tensor:
-    """By the fold kernels: masses, factors, and the output anew. Nothing waits for the device."""
-    from headscope.kernels.triton_partial import direct_masses, factors, listed, masses, shifted
+    """By the kernel that does it in one pass; nothing waits for the device."""
+    from headscope.kernels.triton_keys import listed
 
-    sub, lse = fold.sub(heads), fold.lse(heads)
-    other = sets.left if sets.target is None else sets.target
-    parts = [one for one in (sets.source, other, sets.watched) if one is not None]
-    codes = parts[0].contiguous().view(torch.int8)
-    for bit, one in enumerate(parts[1:], start=1):
-        codes = codes | one.view(torch.int8) << bit
-    keys = listed(codes)
-    found = masses(sub, lse, codes, len(parts), keys)
-    m_s, m_t = found[0], found[1] if sets.target is not None else fold.total(heads) - found[0]
-    if sets.target is None:
-        m_t = m_t if other is None else m_t - found[1]
-        weak = m_t < limit
-        m_t = direct_masses(sub, lse, sets.rest.view(torch.int8), m_t, weak)
-    else:
-        weak = None
-    chosen = gate(m_t, found[-1]) if callable(gate) else gate
-    base, kept, grown = factors(m_s, m_t, keep, chosen, None if rows is True else rows, sets.target is None)
-    second = () if other is None else (grown if sets.target is not None else torch.ones_like(grown),)
-    new = shifted(sub, lse, output, head_index(tuple(heads), output.device), base, (kept, *second), weak, codes, keys)
-    fold.push(heads, table_stage([(sets.source, kept), (sets.rest, grown)], rows))
-    return new
+    second = sets.left if sets.target is None else sets.target
+    codes = sets.source.contiguous().view(torch.int8)
+    for bit, one in ((1, second), (2, sets.watched)):
+        codes = codes if one is None else codes | one.view(torch.int8) << bit
+    keys = listed(codes, 1 if second is None else 2)
+    return shift(fold, output, heads, keys, keep=keep, others=sets.target is None, rows=rows, gate=gate, limit=limit)
 
 
 def _folded(
@@ -150,7 +130,7 @@ def _folded(
     counts, gain = _gain(m_s, m_t, m_w, keep, gate)
     new = z - (1.0 - keep) * z_s + gain[..., None] * z_t
     kept = torch.where(counts, torch.full_like(m_s, keep), torch.ones_like(m_s))
-    fold.push(heads, table_stage([(sets.source, kept), (sets.rest, 1.0 + gain)], rows))
+    fold.push(heads, table_stage(lambda: [(sets.source, kept), (sets.rest, 1.0 + gain)], rows))
     return put(output, heads, rows, new, counts)
 
 

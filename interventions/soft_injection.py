@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from headscope.errors import InterventionError, ProbeError, refusal
+from headscope.errors import InterventionError, ProbeError, refusal, unknown_name
 from headscope.interventions import z_site
 from headscope.interventions.base import register
 from headscope.interventions.head_edit import Rows, Site
@@ -71,6 +71,7 @@ class SoftInjection(ValueEdit):
         steps: int = 400,
         every: int = 50,
         rate: float = 0.2,
+        form: str = "qa",
         seed: int = 0,
         journal: str | Path | None = None,
         progress: bool | None = None,
@@ -81,7 +82,9 @@ class SoftInjection(ValueEdit):
         Three quarters of the pairs are shown and trained on, one quarter validates. The embedding is the mean over `prompts` prompts with
         `shots` examples; gates start at 0.5 and follow Adam (`rate`) for `steps` prompts without examples, against the cross entropy of the
         answer's first token; every `every` steps they are validated, and the best are kept (see the probe of the same name). Prompts read
-        `SoftInjection.prompt(question)`. `journal`: a folder that keeps finished units, so that a killed run goes on.
+        `SoftInjection.prompt(question, form)`: "qa", "Q: hot" and "A:" on two lines, or "arrow", "hot ->", which works only where texts
+        begin with a token of their own (elsewhere the question stands first, where a model can hardly read it). `journal`: a folder that
+        keeps finished units, so that a killed run goes on.
 
         DataError for what is no list of pairs, InterventionError for too few of them and for what the probe refuses.
         """
@@ -89,7 +92,7 @@ class SoftInjection(ValueEdit):
         from headscope.probes.soft_injection import given_pairs
 
         try:
-            probe = Probe(shots=shots, prompts=prompts, steps=steps, every=every, rate=rate)
+            probe = Probe(shots=shots, prompts=prompts, steps=steps, every=every, rate=rate, form=form)
             probe.check(scope)
             pairs = given_pairs(examples)
             work = probe.work(scope, pairs, None, seed, progress, journal)
@@ -107,9 +110,13 @@ class SoftInjection(ValueEdit):
         return cls("all", means.to(torch.float32), torch.sigmoid(logits).to(torch.float32), **options)
 
     @staticmethod
-    def prompt(question: str) -> str:
+    def prompt(question: str, form: str = "qa") -> str:
         """How a question without examples is asked."""
-        return f"{question} ->"
+        from headscope.probes.soft_injection import FORMS
+
+        if form not in FORMS:
+            raise unknown_name(InterventionError, "form of a prompt", form, FORMS)
+        return FORMS[form][0].format(question)
 
     def bind(self, scope: Scope) -> SoftInjection:
         """A copy that knows its heads by module; InterventionError for values or gates of other heads."""

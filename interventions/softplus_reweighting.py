@@ -1,12 +1,15 @@
 """SoftplusReweighting: sharpen rows of attention by a power of what each key gets beyond its equal share, or replace the softmax as well.
 
     reweight    A'_ij ~ relu(n_i A_ij - o_i)^p                         A the model's own softmax, n_i the keys that row i sees
-    softplus    A'_ij ~ softplus(c_i s_ij)                             c_i = ln(d) ln(n_i)
+    softplus    A'_ij ~ softplus(c_i cos(q_i, k_j))                    c_i = ln(d) ln(n_i)
     both        the second, normalised, in the place of A in the first
 
 Keys with no more than an equal share get nothing; what is left is raised to a high power, so in long rows, where a softmax grows flat, few
 keys keep the weight. The first line alone is defined for any model: given lse it needs nothing but the row itself. The other two replace
 the exponential under which a model was trained, which is defined and computed exactly here, but says something only of models trained so.
+
+The paper's first versions have the model's score s_ij = q_i k_j / sqrt(d) in the place of the cosine, its later ones normalise q and k;
+`scores` says which, since trained weights fit one only.
 
 Every line needs a whole row at a time, so these heads are computed anew in blocks of rows: O(N d) memory, the arithmetic of one attention.
 Powers are taken in logarithms; (n A - o)^15 of a row of 8,192 keys is far beyond float32. Rows in which no key has more than its share
@@ -34,14 +37,19 @@ if TYPE_CHECKING:
     from headscope.call import AttentionCall
 
 STAGES = ("reweight", "softplus", "both")
+SCORES = ("cosine", "model")
 
 
 @register("softplus_reweighting")
 @dataclass(frozen=True)
 class SoftplusReweighting(HeadEdit):
-    """Softplus attention with re-weighting, LSSAR (Gao et al. 2025, arXiv 2501.13428; its code was not at hand, and formulas follow notes).
+    """Softplus attention with re-weighting, LSSAR (Gao et al. 2025, arXiv 2501.13428).
+
+    The authors' code (iminfine/freeatten) was not at hand; the formulas are the paper's as reviews and two independent implementations give
+    them, which agree on scale, power and offset.
 
     - `stage`: "reweight" sharpens the model's own attention; "softplus" replaces the softmax (LSSA); "both" is LSSAR.
+    - `scores`: what softplus is taken of, "cosine" of query and key, or "model", the model's own scores, bias and softcap included.
     - `power`: p, 15 in the paper. `offset`: o, 1 in the paper, 0 in the first `spared` (3) rows of a sequence.
     - power 1 and offset 0 with "reweight" change nothing, to the bit.
 
@@ -53,6 +61,7 @@ class SoftplusReweighting(HeadEdit):
     power: float = 15.0
     offset: float = 1.0
     spared: int = 3
+    scores: Literal["cosine", "model"] = "cosine"
 
     site: ClassVar[Site] = "P"
     folds: ClassVar[bool] = True
@@ -62,6 +71,8 @@ class SoftplusReweighting(HeadEdit):
         super().__post_init__()
         if self.stage not in STAGES:
             raise unknown_name(InterventionError, "stage", self.stage, STAGES)
+        if self.scores not in SCORES:
+            raise unknown_name(InterventionError, "scores", self.scores, SCORES)
         if not _number("power", self.power) > 0.0:
             raise refusal(InterventionError, f"power={self.power}", "weights would not grow with attention", "pass a positive power")
         if not 0.0 <= _number("offset", self.offset) <= 1.0:
@@ -103,7 +114,8 @@ class SoftplusReweighting(HeadEdit):
             own = scores - lse[:, :, part, None].to(scores.dtype)  # ln A
             if self.stage != "reweight":
                 factor = math.log(call.q.shape[-1]) * count.clamp_min(1).log()
-                plus = torch.where(seen, torch.nn.functional.softplus(factor * scores), torch.zeros_like(scores))
+                base = scores if self.scores == "model" else cosines(sub, part, keys).to(scores.dtype)
+                plus = torch.where(seen, torch.nn.functional.softplus(factor * base), torch.zeros_like(scores))
                 share = plus / plus.sum(-1, keepdim=True)
                 wanted = share.log()
             else:
@@ -137,4 +149,13 @@ class SoftplusReweighting(HeadEdit):
         return "attention of these heads computed anew in blocks of rows, O(N d) memory"
 
 
-__all__ = ["SoftplusReweighting"]
+def cosines(call: AttentionCall, rows: Tensor, keys: Tensor) -> Tensor:
+    """[B, Hq, R, X]: the cosine of each query in `rows` with each key in `keys`; 0 for a query or key of length 0."""
+    wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    q, k = (torch.nn.functional.normalize(one.to(wide), dim=-1) for one in (call.q[:, :, rows], call.k[:, :, keys]))
+    batch, heads, count, width = q.shape
+    grouped = q.reshape(batch, k.shape[1], call.group * count, width) @ k.transpose(-1, -2)
+    return grouped.view(batch, heads, count, -1)
+
+
+__all__ = ["SoftplusReweighting", "cosines"]

@@ -21,17 +21,32 @@ import torch
 
 from headscope.errors import InterventionError, ProbeError, refusal, unknown_name
 from headscope.interventions.base import register
+from headscope.interventions.fold import Fold, shift
 from headscope.interventions.head_edit import HeadEdit, Rows, Site
 from headscope.interventions.p_site import redistribute
 from headscope.interventions.prompts import refuse_blind
 from headscope.interventions.score_edits import _number
 from headscope.interventions.where import phase_of, token_class
+from headscope.kernels.partial import head_index
+from headscope.kernels.shifted import Gate, runs_triton
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from headscope.call import AttentionCall
     from headscope.scope import Scope
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A call's keys: bool [1 or B, Nk] `image` tokens; their codes (`kernels.triton_keys`) `if_sink`, source and watched on the image, and
+    `if_none`, target on the image; `tokens` [1 or B] how many are of the image."""
+
+    image: Tensor
+    if_sink: Tensor
+    if_none: Tensor
+    tokens: Tensor
+
 
 VARIANTS = ("paper", "official")
 RHO = {"paper": 0.8, "official": 0.2}
@@ -116,7 +131,8 @@ class VAR(HeadEdit):
         dimensions = self.dimensions or sink_dimensions(scope, self.count)
         if max(dimensions) >= width or min(dimensions) < 0:
             raise refusal(InterventionError, f"dimensions={dimensions}", f"hidden states have 0..{width - 1}", "pass some of these")
-        bound.bound.state.update(dimensions=dimensions, tau=_threshold(scope, self.tau, width))
+        first = next(module.name for module in scope.topology.main if module.name in bound.bound.heads)
+        bound.bound.state.update(dimensions=dimensions, tau=_threshold(scope, self.tau, width), first=first)
         return bound
 
     @contextmanager
@@ -139,40 +155,68 @@ class VAR(HeadEdit):
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
+    def passes_over(self, module: str) -> bool:
+        """For modules without one of its heads."""
+        return module not in self.bound.heads
+
     def after(self, call: AttentionCall, output: Tensor) -> Tensor:
         """The outputs with attention redistributed. Sinks are found in every phase, also where nothing is edited."""
         heads = self.heads_in(call)
         if not heads or self.keep == 1.0:
             return output
         sinks = self._sinks(call)
-        rows = self.rows_in(call)
+        if call.module == self.bound.state.get("first", call.module):  # a new pass: what earlier ids said is forgotten
+            self.bound.state.pop("picture", None)
+            self.bound.state.pop("rows", None)
+        rows = self._rows(call)
         return output if rows is None else self._redistributed(call, output, heads, rows, sinks)
 
     def _redistributed(self, call: AttentionCall, output: Tensor, heads: list[int], rows: Rows, sinks: Tensor) -> Tensor:
         sinks = sinks[:, call.key_offset : call.key_offset + call.k.shape[2]]
         if call.mask.key_valid is not None:
             sinks = sinks & call.mask.key_valid
-        image = token_class(call, "image", self.bound.image_token, "key")
-        shown, visual = image & ~sinks, image & sinks
-        tokens = image.sum(1)[:, None, None]
+        picture, fold = self._picture(call), Fold.of(call)
+        gate = self.gate(picture.tokens)
+        if fold.fused(heads):
+            from headscope.kernels.triton_keys import listed
 
-        def gate(m_t: Tensor, on_sinks: Tensor) -> Tensor:
-            return self.gate(m_t, on_sinks, tokens.to(m_t.dtype))
-
+            codes = torch.where(sinks, picture.if_sink, picture.if_none)[:, None]
+            return shift(fold, output, heads, listed(codes, 2), keep=self.keep, others=False, rows=rows, gate=gate)
+        shown, visual = picture.image & ~sinks, picture.image & sinks
         return redistribute(call, output, heads, sinks, shown, keep=self.keep, rows=rows, gate=gate, watched=visual, apart=True)
 
-    def gate(self, shown: Tensor, sinks: Tensor, tokens: Tensor | float) -> Tensor:
-        """Bool, the rows to edit, from a row's attention on image tokens that are no sinks and on those that are; `tokens`: how many image
-        tokens there are."""
-        visual = shown + sinks
+    def gate(self, tokens: Tensor | None) -> Gate:
+        """The rows to edit, by their attention on image tokens that are no sinks (target) and on those that are (watched); `tokens` [B]:
+        how many image tokens there are."""
         if self.variant == "official":
-            return (visual >= self.min_visual) & (sinks / (visual + PER_WEIGHT * tokens) <= self.limit)
-        return (visual >= self.min_visual) & (shown >= self.limit * visual)
+            return Gate(float(self.min_visual), self.limit, True, None if tokens is None else PER_WEIGHT * tokens)
+        return Gate(float(self.min_visual), self.limit)
+
+    def _picture(self, call: AttentionCall) -> Picture:
+        """What the call's ids say of its keys. Looked up once for all layers that are given the same ids."""
+        ids, state = call.facts.get("tokens"), self.bound.state
+        key = (call.key_offset, call.k.shape[2], call.q.device)
+        known = state.get("picture")
+        if known is None or known[0] is not ids or known[1] != key or ids is None:
+            image = token_class(call, "image", self.bound.image_token, "key")
+            bits = image.to(torch.int8)
+            known = state["picture"] = (ids, key, Picture(image, 1 + 4 * bits, 2 * bits, image.sum(1)))
+        found: Picture = known[2]
+        return found
+
+    def _rows(self, call: AttentionCall) -> Rows:
+        """`rows_in`, looked up once for all layers that are given the same ids, as long as these are all it depends on."""
+        ids, state = call.facts.get("tokens"), self.bound.state
+        if ids is None or call.mask.query_valid is not None or self.branches is not None or self.steps is not None:
+            return self.rows_in(call)
+        key = (call.query_offset, call.q.shape[2], call.q.device)
+        known = state.get("rows")
+        if known is None or known[0] is not ids or known[1] != key:
+            known = state["rows"] = (ids, key, self.rows_in(call))
+        return known[2]
 
     def _sinks(self, call: AttentionCall) -> Tensor:
         """Bool [B, positions so far]: the layer's sinks."""
-        from headscope.probes.visual_sinks import sink_phi
-
         state, start = self.bound.state, call.query_offset
         known: Tensor | None = state.get(call.module) if start else None
         if start and (known is None or known.shape[0] != call.q.shape[0] or known.shape[1] > start):
@@ -191,7 +235,7 @@ class VAR(HeadEdit):
             raise refusal(
                 InterventionError, f"VAR in {call.module}", "the input of its layer was not seen", "run the whole model in the block"
             )
-        found = (sink_phi(seen[1], state["dimensions"]) >= state["tau"]).to(call.q.device)
+        found = _massive(seen[1], state["dimensions"], state["tau"]).to(call.q.device)
         state[call.module] = found if known is None else torch.cat([known, found], 1)
         out: Tensor = state[call.module]
         return out
@@ -242,6 +286,17 @@ def sink_dimensions(scope: Scope, count: int = 2) -> tuple[int, ...]:
     with _as_intervention_errors(), ThreadPoolExecutor(1) as pool:
         sizes = pool.submit(first_token, scope, alone).result()
     return tuple(sizes.topk(min(count, len(sizes))).indices.tolist())
+
+
+def _massive(hidden: Tensor, dimensions: tuple[int, ...], tau: float) -> Tensor:
+    """Bool [B, N]: phi >= tau of hidden states [B, N, d]; in one kernel on a CUDA device that runs Triton's."""
+    from headscope.probes.visual_sinks import sink_phi
+
+    if runs_triton(hidden):
+        from headscope.kernels.triton_keys import massive
+
+        return massive(hidden, head_index(dimensions, hidden.device), tau)
+    return sink_phi(hidden, dimensions) >= tau
 
 
 def _threshold(scope: Scope, tau: float | None, width: int) -> float:

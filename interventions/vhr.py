@@ -112,11 +112,7 @@ class VHR(HeadEdit):
         made = cls(heads, **options)
         given = inputs_of(scope, inputs)
         real = real_tokens(given)
-        if without == "blank":
-            found = _blank_outputs(scope, given, real)
-        else:
-            rows = [_text_outputs(scope, one_of(given, row), text_positions) for row in range(len(real))]
-            found = [torch.stack(layer) for layer in zip(*rows, strict=True)]
+        found = _blank_outputs(scope, given, real) if without == "blank" else _text_outputs(scope, given, real, text_positions)
         by_layer = {module.name: z for module, z in zip(scope.topology.main, found, strict=True)}
         reference = torch.stack([by_layer[scope.topology[layer].name][:, head] for layer, head in made.pairs(scope)], 1)
         rest = {one.name: getattr(made, one.name) for one in fields(made) if not one.name.startswith("_")}
@@ -259,8 +255,26 @@ def _blank_outputs(scope: Scope, inputs: dict[str, Any], real: Tensor) -> list[T
     return [record.z(module.name)[torch.arange(len(real)), last].double() for module in scope.topology.main]
 
 
-def _text_outputs(scope: Scope, inputs: dict[str, Any], positions: str) -> list[Tensor]:
-    """Per layer z [H, Dv] of one prompt's last row, its picture taken out."""
+def _text_outputs(scope: Scope, inputs: dict[str, Any], real: Tensor, positions: str) -> list[Tensor]:
+    """Per layer z [B, H, Dv] of the prompts' last rows, their pictures taken out. Texts of one length run together."""
+    from headscope.probes.pictures import last_row
+
+    texts = [_text_of(scope, one_of(inputs, row), positions) for row in range(len(real))]
+    groups: dict[int, list[int]] = {}
+    for row, text in enumerate(texts):
+        groups.setdefault(text["input_ids"].shape[1], []).append(row)
+    found: dict[int, list[Tensor]] = {}
+    for rows in groups.values():
+        together = {name: torch.cat([texts[row][name] for row in rows], -2) for name in texts[0]}
+        with record_heads(scope, sites=("z",), to_cpu=True) as record:
+            outputs_of(scope, {**together, **last_row(scope)})
+        layers = [record.z(module.name)[:, -1].double() for module in scope.topology.main]
+        found |= {row: [z[place] for z in layers] for place, row in enumerate(rows)}
+    return [torch.stack(layer) for layer in zip(*(found[row] for row in range(len(texts))), strict=True)]
+
+
+def _text_of(scope: Scope, inputs: dict[str, Any], positions: str) -> dict[str, Any]:
+    """Inputs of one prompt, its picture taken out."""
     from headscope.probes.pictures import samples_of
     from headscope.probes.vhd import last_outputs, text_only
 
@@ -277,8 +291,7 @@ def _text_outputs(scope: Scope, inputs: dict[str, Any], positions: str) -> list[
                     "prepare one prompt at a time, or pass text_positions='shift' or without='blank'",
                 )
             places = last_outputs(scope, sample.inputs)[1]
-    found, _ = last_outputs(scope, text_only(sample, places))
-    return found
+    return text_only(sample, places)
 
 
 __all__ = ["VHR", "paper_layers"]

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ENTRIES = 1 << 21
 """Weights held at a time."""
 
+_LSE = StatisticsRequest(("lse",))
+
 LogFactor = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 """(scores [B, H, R, X] with -inf where hidden, rows [R], keys [X]) -> ln of what each A_ij is multiplied with, broadcastable to scores."""
 
@@ -98,7 +100,7 @@ def _rows_kept(values: Tensor, heads: Tensor) -> Tensor:
 def row_lse(call: AttentionCall) -> Tensor:
     """[B, Hq, Nq]: every row's normaliser ln(sum_j exp(s_ij) + exp(sink)), by the statistics kernels; NaN on rows that are padding or see
     no key. float32, float64 where q is."""
-    return measure(call, StatisticsRequest(names=("lse",))).rows["lse"]
+    return measure(call, _LSE).rows["lse"]
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def decode_parts(q, k, v, o, l, base_k, base_v, places, rules, lengths, starts, 
             if RING:
                 away = pos - start
                 turned = tl.where(away < fixed, away, fixed + (away - fixed) % tl.maximum(ring, 1))
-                slot = tl.where(ring > 0, turned, slot)
+                slot = tl.where(ring > 0, turned + shift, slot)
             b_m, b_l, b_o = _fold(b_q, b_m, b_l, b_o, k, v, from_k, from_v, slot, real, seen, stride_kn, stride_kd, stride_vn, stride_vd,
                                   scale2, slope, cap2, D, DP, DV, DVP, SOFTCAP, UPCAST)
     if LIST:

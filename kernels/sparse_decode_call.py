@@ -7,15 +7,16 @@ before (`headscope.plans.execute_decode`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from headscope.kernels.sparse_decode_host import MAX_ROWS, NEVER, KeyLists, Places, cut, decode
+from headscope.kernels.sparse_decode_host import LISTS_A_PROCESSOR, MAX_ROWS, NEVER, KeyLists, Places, cut, decode, rounded
 from headscope.plans.indices import Chosen
-from headscope.plans.patterns import Dense, Pattern, Span, Streaming
+from headscope.plans.patterns import Blocks, Dense, Lines, Pattern, Power, Span, Streaming, Strided
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def decode_refuses(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
         return "its rows are not the last of a causal text"
     if mask.allowed is not None or mask.bias is not None or mask.key_segments is not None:
         return "its mask is more than causality, a window and padding"
-    for pattern in set(patterns):
+    for pattern in _distinct(patterns):
         if not pattern.static:
             return f"the keys of {pattern.kind} are chosen per input"
         if getattr(pattern, "compensate", False):
@@ -75,12 +76,14 @@ def decode_worth_it(call: AttentionCall, patterns: Sequence[Pattern]) -> str:
 def decode_attention(call: AttentionCall, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
     """(output [B, n, Hq, Dv] in q's dtype, lse [B, Hq, n] float32) of a call that `decode_refuses` lets pass."""
     assert call.v is not None
-    rules, lists = rules_and_lists(call, tuple(patterns))
+    rules, lists = rules_and_lists(call, patterns if isinstance(patterns, tuple) else tuple(patterns))
     return launched(call, Places.of(call.k, call.v), rules, lists, visits(patterns, call.k.shape[2], call.group))
 
 
-def launched(call: AttentionCall, places: Places, rules: Tensor, lists: KeyLists | None, keys: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Runs the kernels over the keys at `places`, cut up for about `keys` of each key head."""
+def launched(
+    call: AttentionCall, places: Places, rules: Tensor, lists: KeyLists | None, keys: Sequence[int], ranges: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernels over the keys at `places`, cut up for about `keys` of each key head. `ranges`: some rule keeps keys."""
     batch, device = call.q.shape[0], call.q.device
     length = call.query_offset + call.q.shape[2] - call.key_offset
     return decode(
@@ -88,7 +91,7 @@ def launched(call: AttentionCall, places: Places, rules: Tensor, lists: KeyLists
         places,
         rules,
         _lengths(batch, length, device),
-        cut(keys, batch, device),
+        cut(keys, batch, device, per_processor=2.0 if ranges else LISTS_A_PROCESSOR),
         scale=call.scale,
         starts=local_starts(call),
         lists=lists,
@@ -96,6 +99,7 @@ def launched(call: AttentionCall, places: Places, rules: Tensor, lists: KeyLists
         sink_logits=call.sink_logits,
         window=call.mask.window,
         key_valid=call.mask.key_valid,
+        ranges=ranges,
     )
 
 
@@ -115,18 +119,43 @@ def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
 
 def visits(patterns: Sequence[Pattern], length: int, group: int) -> list[int]:
     """About how many keys a row of each key head's group reads; what the work is cut by."""
-    each = [length if isinstance(pattern, Dense) else int(pattern.cached(length)) for pattern in patterns]
-    return [max(each[at : at + group]) for at in range(0, len(each), group)]
+    return list(_visits(patterns if isinstance(patterns, tuple) else tuple(patterns), rounded(length), length, group))
 
 
-def rules_and_lists(call: AttentionCall, patterns: tuple[Pattern, ...]) -> tuple[Tensor, KeyLists | None]:
-    """What `sparse_decode_host.decode` reads, for static patterns; in places of the call's own keys."""
+def _visits(patterns: tuple[Pattern, ...], step: int, length: int, group: int) -> tuple[int, ...]:
+    each = _reads(patterns, step)
+    return tuple(min(length, max(each[at : at + group])) for at in range(0, len(each), group))
+
+
+@lru_cache(maxsize=256)
+def _reads(patterns: tuple[Pattern, ...], length: int) -> tuple[int, ...]:
+    """Keys that a row of each head reads in a text of about `length` tokens."""
+    known = {pattern: _read(pattern, length) for pattern in dict.fromkeys(patterns)}
+    return tuple(known[pattern] for pattern in patterns)
+
+
+def _read(pattern: Pattern, length: int) -> int:
+    if isinstance(pattern, Lines):
+        return min(length, len(pattern.columns) + len(pattern.diagonals) + 1)
+    if isinstance(pattern, Blocks):
+        return min(length, len(pattern.row(length // pattern.block)) * pattern.block)
+    if isinstance(pattern, Power):
+        return min(length, pattern.sink + pattern.window + (length // pattern.block).bit_length() * pattern.block)
+    return int(pattern.cached(length))
+
+
+def rules_and_lists(call: AttentionCall, patterns: tuple[Pattern, ...], single: bool = False) -> tuple[Tensor, KeyLists | None]:
+    """What `sparse_decode_host.decode` reads, for static patterns; in places of the call's own keys. The same tensors come back as long as
+    they say the same: patterns that go by tiles are listed anew once a tile, and not once a step. `single`: lists of keys, not of blocks.
+    """
     length = call.query_offset + call.q.shape[2]
     device = call.q.device
+    distinct = _distinct(patterns)
+    spans = any(isinstance(one, Span) for one in distinct)
     if call.first_token is None:
-        rules = _rules(patterns, length, -call.key_offset, device)
+        rules = _rules(patterns, length if spans else 1 << 30, -call.key_offset, device)
     else:
-        rules = _rules(tuple(Dense() if isinstance(one, Span) else one for one in patterns), length, 0, device).repeat(
+        rules = _rules(tuple(Dense() if isinstance(one, Span) else one for one in patterns), 1 << 30, 0, device).repeat(
             call.q.shape[0], 1, 1
         )
         start = (call.first_token - call.key_offset).to(device=device, dtype=torch.int32)
@@ -135,24 +164,70 @@ def rules_and_lists(call: AttentionCall, patterns: tuple[Pattern, ...]) -> tuple
         for head, one in enumerate(patterns):
             if isinstance(one, Span):
                 seen = (length - call.first_token.to(device)).double()
-                window = (one.alpha + one.beta * seen).floor().minimum(seen).clamp(min=1)
+                window = (one.alpha + one.beta * seen).floor().clamp(min=one.floor).minimum(seen).clamp(min=1)
                 rules[:, head] = torch.stack([torch.full_like(window, one.sink), window, torch.full_like(window, NEVER)], -1).to(
                     torch.int32
                 )
-    if all(_is_range(one) for one in patterns):
+    if all(_is_range(one) for one in distinct):
         return rules, None
-    starts = [0] if call.first_token is None else [int(one) for one in call.first_token]
-    group = call.group
-    parts = [
-        _entries(patterns[at : at + group], length - start - 1, start - call.key_offset)
-        for start in starts
-        for at in range(0, len(patterns), group)
-    ]
-    return rules, _stacked(parts, len(starts), call.q.shape[0], device)
+    starts = (0,) if call.first_token is None else tuple(int(one) for one in call.first_token.tolist())
+    offsets = tuple(start - call.key_offset for start in starts)
+    rows = tuple(length - start - 1 for start in starts)
+    unit = 1 if single or any(offsets) else _unit(patterns)
+    marks = tuple(_marks(patterns, row) for row in rows)
+    return rules, _made_lists(patterns, marks, offsets, unit, call.group, call.q.shape[0], device)
+
+
+def _distinct(patterns: Sequence[Pattern]) -> Sequence[Pattern]:
+    """Each pattern once; an executor's `Heads` know that."""
+    known: Sequence[Pattern] | None = getattr(patterns, "distinct", None)
+    return tuple(dict.fromkeys(patterns)) if known is None else known
 
 
 def _is_range(pattern: Pattern) -> bool:
     return isinstance(pattern, Dense | Streaming | Span) or (isinstance(pattern, Chosen) and not pattern.columns)
+
+
+@lru_cache(maxsize=256)
+def _unit(patterns: tuple[Pattern, ...]) -> int:
+    """Keys of an entry that serves all listed patterns: a power of two that divides their tiles."""
+    unit = 128
+    for one in dict.fromkeys(patterns):
+        if not _is_range(one):
+            unit = math.gcd(unit, one.block) if isinstance(one, Strided | Power | Blocks) else 1
+    return unit
+
+
+def _marks(patterns: tuple[Pattern, ...], row: int) -> tuple[int, ...]:
+    """What the listed keys of a row depend on: the tiles it lies in, or itself."""
+    return tuple(row // size if size else row for size in _sizes(patterns))
+
+
+@lru_cache(maxsize=256)
+def _sizes(patterns: tuple[Pattern, ...]) -> tuple[int, ...]:
+    """The distinct tile sizes of the listed patterns; 0 where one goes by single rows."""
+    found = dict.fromkeys(one for one in patterns if not _is_range(one))
+    return tuple(dict.fromkeys(one.block if isinstance(one, Strided | Power | Blocks) else 0 for one in found))
+
+
+@lru_cache(maxsize=64)
+def _made_lists(
+    patterns: tuple[Pattern, ...],
+    marks: tuple[tuple[int, ...], ...],
+    offsets: tuple[int, ...],
+    unit: int,
+    group: int,
+    batch: int,
+    device: torch.device,
+) -> KeyLists:
+    """KeyLists for rows at the `marks`: in order of tiles, keys behind the row among them, which the kernel leaves out."""
+    sizes = _sizes(patterns)
+    parts = []
+    for mark, offset in zip(marks, offsets, strict=True):
+        row = max(place * size + size - 1 if size else place for place, size in zip(mark, sizes, strict=True))
+        exact = dict(zip(sizes, mark, strict=True))
+        parts += [_entries(patterns[at : at + group], exact, row, unit, offset) for at in range(0, len(patterns), group)]
+    return _stacked(parts, len(marks), batch, device, unit)
 
 
 @lru_cache(maxsize=256)
@@ -167,34 +242,54 @@ def _rules(patterns: tuple[Pattern, ...], length: int, start: int, device: torch
             rows.append((one.sink, min(one.window, NEVER), NEVER))
         elif isinstance(one, Chosen):
             rows.append((0, 0, one.since + start))
+        elif isinstance(one, Strided | Power):
+            rows.append((one.sink, min(one.window, NEVER), NEVER))
         else:
             rows.append((0, 0, NEVER))
     return torch.tensor([rows], dtype=torch.int32).to(device)
 
 
-@lru_cache(maxsize=256)
-def _entries(patterns: tuple[Pattern, ...], row: int, start: int) -> tuple[Tensor, Tensor]:
-    """(places, bits) int32 of the keys that a group's row at position `row` sees beside its ranges; `start`: place of position 0."""
-    bits = torch.zeros(row + 1, dtype=torch.int32)
+def _entries(patterns: tuple[Pattern, ...], marks: dict[int, int], row: int, unit: int, offset: int) -> tuple[Tensor, Tensor]:
+    """(entries, bits) int32 of what a group sees beside its ranges, in units of `unit` keys; `marks`: the tile of each size that the newest
+    row lies in, and under 0 that row itself; `row`: the last one of these tiles; `offset`: place of position 0.
+    """
+    bits = torch.zeros(row // unit + 1, dtype=torch.int32)
     for head, pattern in enumerate(patterns):
-        if _is_range(pattern):
-            continue
-        if isinstance(pattern, Chosen):
-            keys = torch.tensor([one for one in pattern.columns if one < min(pattern.since, row + 1)], dtype=torch.int64)
+        if not _is_range(pattern):
+            bits[_seen(pattern, marks, unit)] |= 1 << head
+    found = bits.nonzero().flatten()
+    found = found[found * unit + offset >= 0]
+    return (found + offset // unit).to(torch.int32), bits[found]
+
+
+def _seen(pattern: Pattern, marks: dict[int, int], unit: int) -> Tensor:
+    """Units, each once, in which a pattern sees keys beside its range."""
+    if isinstance(pattern, Strided | Power | Blocks):
+        tile = marks[pattern.block]
+        if isinstance(pattern, Strided):
+            tiles = torch.arange(pattern.offset, tile + 1, pattern.stride)
+        elif isinstance(pattern, Blocks):
+            tiles = torch.tensor(pattern.row(tile), dtype=torch.int64)
         else:
-            keys = pattern.reach(row, row)
-            keys = keys[pattern.visible(torch.tensor([row]), keys)[0]]
-        bits[keys] |= 1 << head
-    keys = bits.nonzero().flatten()
-    keys = keys[keys + start >= 0]
-    return (keys + start).to(torch.int32), bits[keys]
+            tiles = torch.tensor([tile - (1 << i) for i in range(tile.bit_length()) if tile >= 1 << i], dtype=torch.int64)
+        each = pattern.block // unit
+        return (tiles[:, None] * each + torch.arange(each)).flatten()
+    row = marks[0]
+    if isinstance(pattern, Chosen):
+        return torch.tensor([one for one in pattern.columns if one < min(pattern.since, row + 1)], dtype=torch.int64)
+    if isinstance(pattern, Lines):
+        columns = torch.tensor(pattern.columns, dtype=torch.int64)
+        back = row - torch.tensor(sorted({0, *pattern.diagonals}), dtype=torch.int64)
+        return torch.cat([columns[columns <= row], back[back >= 0]]).unique()
+    keys = pattern.reach(row, row)
+    return keys[pattern.visible(torch.tensor([row]), keys)[0]]
 
 
-def _stacked(parts: list[tuple[Tensor, Tensor]], starts: int, batch: int, device: torch.device) -> KeyLists:
+def _stacked(parts: list[tuple[Tensor, Tensor]], starts: int, batch: int, device: torch.device, unit: int) -> KeyLists:
     """KeyLists of parts in the order (sequence, key head); one sequence stands for all where there is one."""
     room = max(1, *(len(entries) for entries, _ in parts))
     padded = [torch.stack([torch.nn.functional.pad(one, (0, room - len(one))) for one in column]) for column in zip(*parts, strict=True)]
     counts = torch.tensor([len(entries) for entries, _ in parts], dtype=torch.int32)
     shaped = [x.reshape(starts, -1, *x.shape[1:]) for x in (*padded, counts)]
     entries, bits, count = (x.expand(batch, *x.shape[1:]).contiguous().to(device) for x in shaped)
-    return KeyLists(entries, bits, count)
+    return KeyLists(entries, bits, count, unit)

@@ -28,9 +28,10 @@ STRETCH = 2048
 
 
 @triton.jit
-def score_kernel(q, k, s, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, n_keys, kv_heads, scale,
-                 GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr):
-    """s [B, Hq, N] float32 = scale * q k^T for one row per head."""
+def score_kernel(q, k, s, tops, totals, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, n_keys, kv_heads, scale,
+                 GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
+                 WEIGHTS: tl.constexpr):
+    """s [B, Hq, N] float32 = scale * q k^T for one row per head; WEIGHTS: its maximum and sum of exponentials below it per tile too."""
     i_t = tl.program_id(0)
     i_b = tl.program_id(1) // kv_heads
     i_g = tl.program_id(1) % kv_heads
@@ -50,6 +51,12 @@ def score_kernel(q, k, s, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
     p_s = s + (i_b.to(tl.int64) * kv_heads * GROUP + head.to(tl.int64)[:, None]) * n_keys + o_n[None, :]
     tl.store(p_s, b_s, mask=m_m[:, None] & (o_n < n_keys)[None, :])
+    if WEIGHTS:
+        b_s = tl.where((o_n < n_keys)[None, :], b_s, -float("inf"))
+        top = tl.max(b_s, 1)
+        at = (i_b.to(tl.int64) * kv_heads * GROUP + head) * tl.num_programs(0) + i_t
+        tl.store(tops + at, top, mask=m_m)
+        tl.store(totals + at, tl.sum(tl.exp(b_s - top[:, None]), 1), mask=m_m)
 
 
 @triton.jit
@@ -95,15 +102,27 @@ def move_kernel(bits, totals, entries, kept, counts, n_entries, room, stretches,
 
 def key_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """[B, Hq, N] float32: scale * q k^T of q [B, Hq, D] with k [B, Hkv, N, D]; both contiguous along D."""
+    return _scores(q, k, scale, False)[0]
+
+
+def scores_and_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same scores, and [B, Hq, T] of every tile of a row its maximum and the sum of exponentials below it."""
+    return _scores(q, k, scale, True)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     out = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     tile = 128 if width <= 128 else 64
-    score_kernel[(cdiv(keys, tile), batch * kv_heads)](
-        q, k, out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), keys, kv_heads, scale,
-        GROUP=heads // kv_heads, M=padded(heads // kv_heads), D=width, DP=padded(width), BN=tile, UPCAST=INTERPRETED, num_warps=4,
+    tiles = cdiv(keys, tile)
+    tops, totals = (torch.empty(batch, heads, tiles, dtype=torch.float32, device=q.device) if weights else out for _ in range(2))
+    score_kernel[(tiles, batch * kv_heads)](
+        q, k, out, tops, totals, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), keys, kv_heads, scale,
+        GROUP=heads // kv_heads, M=padded(heads // kv_heads), D=width, DP=padded(width), BN=tile, UPCAST=INTERPRETED, WEIGHTS=weights,
+        num_warps=4,
     )  # fmt: skip
-    return out
+    return out, tops, totals
 
 
 def lists_from(columns: Tensor, since: Tensor, kv_heads: int, entries: int, origin: int, room: int, block: int = 1) -> KeyLists:

@@ -25,6 +25,9 @@ NEVER = 1 << 30
 MAX_ROWS = 64
 """Rows of a program: query heads of a group times query rows."""
 
+LISTS_A_PROCESSOR = 3.0
+"""Programs a processor where lists say all that is read: the registers that ranges would take are free then."""
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -32,8 +35,8 @@ class Places:
 
     `base_k`, `base_v` [B, Hkv] int64: elements from the tensor's start to a head's place 0; `stride_*`: elements from one key, and one
     value of a key, to the next. `table` [Hkv, 3] int32 (fixed, ring, shift): a key at position p lies at place p + shift; where `ring` is
-    above 0, at p for the first `fixed` of the text and behind them around a ring of that many. With `fixed` -1 the list of a head names
-    places instead of positions.
+    above 0, at p + shift for the first `fixed` of the text and behind them around a ring of that many. With `fixed` -1 the list of a head
+    names places instead of positions.
     """
 
     k: Tensor
@@ -100,11 +103,10 @@ def cut(keys: Sequence[int], batch: int, device: torch.device, *, per_processor:
     """Parts for key heads with about `keys` keys each: as many as fill the device's processors `per_processor` times over the batch, of at
     least `least` keys.
     """
-    rounded = tuple(_rounded(max(1, int(count))) for count in keys)
-    return _cut(rounded, batch, device, per_processor, least)
+    return _cut(tuple(rounded(max(1, int(count))) for count in keys), batch, device, per_processor, least)
 
 
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """Up to an eighth of a power of two: a text that grows is not to be cut anew at every step."""
     step = max(1, 1 << max(0, count.bit_length() - 4))
     return cdiv(count, step) * step
@@ -290,7 +292,7 @@ def launch_for(width: int, size: int, listed: bool) -> tuple[int, int, int]:
     """
     row = padded(width) * size
     if listed and row <= 256:
-        return 32, 4, 6
+        return 32, 4, 5
     if row <= 128:
         return 128, 4, 3
     if row <= 256:

@@ -39,7 +39,7 @@ ENDLESS = 1 << 30
 """A window that drops nothing."""
 FIELDS = 8
 """Numbers of a line of `work`."""
-ROW = 2.6
+ROW = 1.2
 """What a line of work costs beside its tiles, in tiles."""
 KEPT = 64
 """Layers and lengths whose lists are remembered."""
@@ -124,6 +124,11 @@ def static_lists(call: AttentionCall, patterns: Sequence[Pattern]) -> TileLists:
         if len(_built) > KEPT:
             _built.popitem(last=False)
     return made
+
+
+def forget() -> None:
+    """Gives up the remembered lists: a generation that is past its prompt does not need them, and they take memory that a plan saved."""
+    _built.clear()
 
 
 def range_of(pattern: Pattern) -> tuple[int, int] | None:

@@ -200,7 +200,8 @@ def gluon_prefill(call: AttentionCall, patterns: Sequence[Pattern], lists: TileL
 
     made = lists_for(call, patterns) if lists is None else lists
     assert call.v is not None
-    out, lse = outputs(call)
+    front = call.query_offset % SIDE
+    out, lse = outputs(call, front)
     device = call.q.device
     sinks = no_sinks(call.q.shape[1], device) if call.sink_logits is None else call.sink_logits.to(device, torch.float32).contiguous()
     items, planes = len(made.work), made.planes
@@ -209,13 +210,13 @@ def gluon_prefill(call: AttentionCall, patterns: Sequence[Pattern], lists: TileL
     tables = (nothing, nothing, nothing) if planes is None else (planes.columns, planes.diagonals, planes.marks)
     sizes = (0, 0) if planes is None else planes.columns.shape[1:3]
     sparse_kernel[(min(items, processors(device)),)](
-        descriptor(call.q, QUERIES), *(descriptor(x, SIDE) for x in (call.k, call.v, k_g, v_g)), out, lse, made.work, made.rules,
-        made.tiles, nothing if made.cells is None else made.cells, *tables, sinks,
-        out.stride(0), out.stride(2), out.stride(1), call.scale * LOG2E, items, call.q.shape[1], call.group, call.q.shape[2],
+        descriptor(call.q, QUERIES), *(descriptor(x, SIDE) for x in (call.k, call.v, k_g, v_g)),
+        descriptor(out.transpose(1, 2), QUERIES), lse, made.work, made.rules, made.tiles, nothing if made.cells is None else made.cells,
+        *tables, sinks, call.scale * LOG2E, items, call.q.shape[1], call.group, call.q.shape[2],
         call.query_offset, call.mask.window or ENDLESS, int(made.cells is not None), *sizes,
         GENERAL=planes is not None or made.cells is not None, D=call.q.shape[3], STAGES=2, num_warps=WARPS,
     )  # fmt: skip
-    return out, lse
+    return out[:, front:].contiguous(), lse
 
 
 @lru_cache(maxsize=16)
@@ -243,10 +244,10 @@ def gather_columns(call: AttentionCall, lists: TileLists) -> tuple[Tensor, Tenso
     return call.k[b, h, at], call.v[b, h, at]
 
 
-def outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Uninitialised (output [B, Nq, Hq, Dv], lse [B, Hq, Nq] float32); NaN where tests want that."""
+def outputs(call: AttentionCall, front: int = 0) -> tuple[Tensor, Tensor]:
+    """Uninitialised (output [B, front + Nq, Hq, Dv], lse [B, Hq, Nq] float32); NaN where tests want that."""
     assert call.v is not None
     batch, heads, rows, _ = call.q.shape
-    out = call.q.new_empty(batch, rows, heads, call.v.shape[3])
+    out = call.q.new_empty(batch, front + rows, heads, call.v.shape[3])
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=call.q.device)
     return (out.fill_(torch.nan), lse.fill_(torch.nan)) if POISON else (out, lse)

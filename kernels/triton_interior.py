@@ -16,7 +16,7 @@ import torch
 from headscope.kernels.triton_common import INTERPRETED
 from headscope.kernels.triton_host import cdiv, describable, padded
 from headscope.kernels.triton_launch import tile_for, triton_version
-from headscope.kernels.triton_run import FLAGS, SLOTS
+from headscope.kernels.triton_run import FLAGS, SLOTS, empty
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,8 @@ UNSUITED = frozenset({"class_mass", "diagonal_sum", "segment_mass"})
 
 ENABLED = True
 """Tests and benchmarks switch the one-pass kernel off to compare."""
+ALONE = True
+"""The same for the kernel of column sums alone."""
 
 
 def plan(run: Run) -> int | None:
@@ -75,6 +77,13 @@ def takes_forward(run: Run, names: tuple[str, ...]) -> bool:
     return same and tile_for("rows", v.device, v.dtype, run.width).keys == KEYS
 
 
+def takes_columns(run: Run, names: tuple[str, ...]) -> bool:
+    """Whether `gluon_columns` computes the named column statistics, given the lse: the sum alone, of a call long enough to fill tiles."""
+    if names != ("column_sum",) or not ALONE or not suited(run) or run.counted is not None or run.rows < KEYS:
+        return False
+    return tile_for("columns", run.call.q.device, run.call.q.dtype, run.width).keys == KEYS
+
+
 @lru_cache(maxsize=8)
 def hopper(device: torch.device) -> bool:
     """Whether a device has the matrix unit that the kernel is written for, and this Triton has Gluon."""
@@ -104,6 +113,19 @@ def launch(run: Run, near: int, raw: Tensor | None, slots: dict[str, int], rows:
     )  # fmt: skip
     for name, total in sums.items():
         made[name].add_(total, alpha=UNIT)
+
+
+def launch_columns(run: Run, lse: Tensor) -> Tensor:
+    """[B, H, Nk] float32: what every key receives. `lse` [B, H, Nq] in nats."""
+    from headscope.kernels.gluon_columns import TILE_KEYS, WARPS, columns_only_kernel
+
+    call = run.call
+    out = empty(call.q, run.batch, run.heads, run.keys)
+    columns_only_kernel[(cdiv(run.keys, ROWS), run.batch * run.heads)](
+        descriptor(call.k, TILE_KEYS), descriptor(call.q, KEYS), lse.contiguous(), out, run.scales[0], run.heads, call.group, run.rows,
+        run.keys, call.query_offset - call.key_offset, DP=max(64, padded(run.width)), STAGES=3, num_warps=WARPS,
+    )  # fmt: skip
+    return out
 
 
 def launch_forward(run: Run, names: tuple[str, ...], raw: Tensor, slots: dict[str, int], out: Tensor) -> None:

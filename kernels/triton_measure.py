@@ -5,6 +5,7 @@ What runs follows from what is asked for, and nothing else does:
 - row statistics need sweep 1 (`triton_rows`); column sums, bands and maps need sweep 2 (`triton_columns`), which needs every row's lse;
 - where the host's fused kernel has already returned its lse (`call.facts["lse"]` [B, Hq, Nq], nats, sink logit included), sweep 1 is
   skipped when no row statistic is asked for;
+- column sums alone, of a plain causal call on Hopper, have a sweep of their own (`gluon_columns`);
 - where most of a causal call lies far from its diagonal, one pass over that interior serves rows, columns and maps (`triton_interior`), and
   the sweeps only see the edges;
 - pairs are gathered, given the lse.
@@ -107,10 +108,14 @@ class _Run(Sweeps):
         crossing = tuple(name for name in _CROSSING if name in names)
         lse = self.given()
         hot = set(row_names) - {"lse", "sink_logit_mass"}
-        near = None if output else triton_interior.plan(self)
+        alone = not (hot or output or crossing) and triton_interior.takes_columns(self, column_names)
+        near = None if output or alone else triton_interior.plan(self)
         row: Row | None = None
         made: dict[str, Tensor] = {}
-        if near is not None and (column_names or (hot and lse is not None)):
+        if alone:
+            lse = self.sweep_rows(("lse",), None, False).raw[0, 0] if lse is None else lse
+            made = {"column_sum": triton_interior.launch_columns(self, lse)}
+        elif near is not None and (column_names or (hot and lse is not None)):
             if lse is None:
                 lse = self.sweep_rows(("lse",), None, False).raw[0, 0]
             row, made = self.fused(row_names if hot else (), column_names, lse, near)

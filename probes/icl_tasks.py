@@ -5,6 +5,10 @@ Enough of each for examples, a training, a validation and a test part that share
 
 from __future__ import annotations
 
+import random
+
+from headscope.models.bundled.words import NOUNS
+
 OPPOSITES = (
     "hot:cold big:small tall:short fast:slow early:late open:closed full:empty hard:soft heavy:light high:low long:short new:old "
     "rich:poor strong:weak sweet:bitter thick:thin wet:dry young:old clean:dirty deep:shallow loud:quiet narrow:wide right:wrong "
@@ -43,11 +47,22 @@ def _read(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((question, answer) for question, _, answer in (pair.partition(":") for pair in pairs))
 
 
+def _of_three(place: int) -> tuple[tuple[str, str], ...]:
+    """Three nouns, and one of them by its place; no two questions are alike."""
+    draw = random.Random(place)
+    listed = (draw.sample(NOUNS, 3) for _ in range(len(NOUNS)))
+    return tuple(dict.fromkeys((", ".join(three), three[place]) for three in listed))
+
+
 ICL_TASKS: dict[str, tuple[tuple[str, str], ...]] = {
     "opposites": _read(OPPOSITES),
     "capitals": _read(CAPITALS),
     "past": _read(PAST),
     "plurals": _read(PLURALS),
+    "capitalize": tuple((noun, noun.capitalize()) for noun in NOUNS),
+    "first_letter": tuple((noun, noun[0]) for noun in NOUNS),
+    "first_of_three": _of_three(0),
+    "last_of_three": _of_three(2),
 }
 
 __all__ = ["ICL_TASKS"]

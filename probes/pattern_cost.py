@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pandas as pd
 import torch
 
-from headscope.call import MaskFacts
 from headscope.circuits import head_weights
 from headscope.errors import CaptureError, ProbeError, refusal, unknown_name
-from headscope.kernels.gather import window_scores
 from headscope.plans.dynamic import Budget, TopBlocks, VerticalSlash
 from headscope.plans.dynamic_anchor import Stripes
-from headscope.plans.indices import choose
 from headscope.plans.patterns import Pattern, Span, Streaming
 from headscope.probes.active import ActiveProbe, Findings, Work
 from headscope.probes.base import Metric, stack
@@ -26,6 +23,7 @@ from headscope.probes.duo_gates import frozen
 from headscope.probes.duo_surrogate import given_passkeys
 from headscope.probes.moa import Traced
 from headscope.probes.passkeys import PasskeyMaker, PasskeyText, spells
+from headscope.probes.pattern_outputs import Outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +36,14 @@ ENOUGH = 0.05
 """Share of the output's energy that a pattern may lose and still count as enough for the head."""
 EVEN = 48
 """Rows that the share of entries of a choice is counted on."""
-Kind = Literal["recall", "prose"]
+WRITTEN = 3 / 4
+"""Where the end begins that "written" judges."""
+BUDGETS = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.27, 0.35, 0.45, 0.55, 0.7, 0.85)
+"""Shares of the text that budgets keep."""
+ROWS = 96
+"""Rows with the largest gradients that are read, and as many others, where not all are."""
+Kind = Literal["recall", "prose", "written"]
+KINDS: tuple[Kind, ...] = ("recall", "prose", "written")
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,24 @@ class PatternCost(ActiveProbe):
 
     Candidates are sink-and-window of `sinks` first keys and windows of 8, 16, 32 ... tokens up to a sixteenth of the text and of an eighth,
     a quarter and a half of it; with `compensate`, those of the first sink also with RazorAttention's compensation token; with `dynamic`,
-    also vertical-slash, block and stripe choices of several sizes, and budgets of keys chosen at the end of a prefill (SnapKV).
+    also vertical-slash, block and stripe choices of several sizes, and budgets of keys chosen at the end of a prefill (SnapKV), which are
+    all of the cache or half of it beside the last keys.
 
     Each is judged on texts whose answer lies far back ("recall": passkeys, the needle model's haystacks, or random tokens said twice; see
-    `headscope.probes.passkeys`) and on prose ("prose", where the tokenizer can spell it): retrieval heads look local on plain text, and
-    heads that write prose well find no passkey. A text of recall ends with its first answer. Budgets are chosen before that answer begins
-    (on prose, before the last eighth) and change the rows after it alone.
+    `headscope.probes.passkeys`) and, where the tokenizer can spell it, on prose: retrieval heads look local on plain text, and heads that
+    write prose well find no passkey. "prose" judges every token after the first eighth, as a text that is read; "written" the last quarter
+    alone, as a text that is written after the rest was read, which is what a cache must serve. A text of recall ends with its first answer.
+    Budgets are chosen before that answer begins, or where the last quarter does (of prose that is read: the last eighth), and change the
+    rows after it alone.
 
     With o the output of a head in row t, o_c that under candidate c (exact, renormalised), delta = o - o_c and g = dL/do:
 
         loss = sum_t g . delta (first-order change of L, signed)      squares = sum_t (g . delta)^2
         error = sum_t ||delta W_O||^2     whole = sum_t ||o W_O||^2     mass: mean weight kept     kept: share of the causal entries
 
-    over the `rows` rows of the layer with the largest gradients and as many spread over the text. L is minus the sum of the answers' logit
-    margins (log p / (1 - p)) over the answer tokens that the model gets right, since the gradient of log p itself vanishes where a model is
-    sure; on prose it is the sum of the cross-entropies.
+    over the `rows` rows of the layer with the largest gradients and as many spread over the others, which count for all of those (None: all
+    rows on a GPU, 96 on a CPU). L is minus the sum of the answers' logit margins (log p / (1 - p)) over the answer tokens that the model
+    gets right, since the gradient of log p itself vanishes where a model is sure; on prose it is the sum of the cross-entropies.
 
     `pattern_need`: share of the causal entries that the leanest candidate keeps which loses less than 5 % of the output's energy on every
     text. The table `candidates` has a row per head, candidate and text; planner "allocate" shares out a budget from it.
@@ -74,9 +82,9 @@ class PatternCost(ActiveProbe):
     sinks: tuple[int, ...] = (4, 32)
     dynamic: bool = True
     compensate: bool = False
-    rows: int = 96
+    rows: int | None = None
     task: str = "auto"
-    kinds: tuple[Kind, ...] = ("recall", "prose")
+    kinds: tuple[Kind, ...] = KINDS
 
     name: ClassVar[str] = "pattern_cost"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("pattern_need", "share of the entries", "needs many keys to write what it writes"),)
@@ -92,9 +100,9 @@ class PatternCost(ActiveProbe):
 
     def measure(self, scope: Scope, data: Any, work: Work) -> Findings:
         for kind in self.kinds:
-            if kind not in ("recall", "prose"):
-                raise unknown_name(ProbeError, "kind of text", kind, ("recall", "prose"))
-        if self.texts < 1 or self.rows < 1 or not self.sinks or not self.kinds:
+            if kind not in KINDS:
+                raise unknown_name(ProbeError, "kind of text", kind, KINDS)
+        if self.texts < 1 or (self.rows is not None and self.rows < 1) or not self.sinks or not self.kinds:
             raise refusal(ProbeError, f"{self!r}", "it needs texts, rows, sinks and a kind of text", "pass one of each at least")
         texts = self.texts_for(scope, data, work)
         patterns = self.candidates(max(len(ids) for _, ids, _ in texts))  # the same for every text, or their losses would not add up
@@ -104,7 +112,7 @@ class PatternCost(ActiveProbe):
         table = pd.concat([pd.DataFrame(unit["table"], columns=list(COLUMNS)) for unit in units], ignore_index=True)
         ids = texts[0][1]
         facts = {"name": "recall and prose", "kind": "own", "sha256": _digest(ids), "sequences": len(texts), "tokens": len(ids)}
-        notes = [f"{sum(one[0] == 'recall' for one in texts)} texts of recall, {sum(one[0] == 'prose' for one in texts)} of prose"]
+        notes = [", ".join(f"{sum(one[0] == kind for one in texts)} of {kind}" for kind in dict.fromkeys(one[0] for one in texts))]
         return Findings({"pattern_need": need(scope, table)}, data=[facts], tables={"candidates": table}, notes=notes)
 
     def candidates(self, tokens: int) -> list[Pattern]:
@@ -116,13 +124,17 @@ class PatternCost(ActiveProbe):
             found += [replace(one, compensate=True) for one in found if isinstance(one, Streaming | Span) and one.sink == self.sinks[0]]
         if self.dynamic:
             unit = max(8, tokens // 64)
-            found += [VerticalSlash(columns * unit, unit, 64, 4, unit) for columns in (1, 2, 4, 8)]
+            found += [VerticalSlash(columns * unit, lines * unit, 64, 4, unit) for columns in (1, 2, 4, 8, 16) for lines in (1, 4)]
             block = min(128, max(16, 1 << max(0, (tokens // 32).bit_length() - 1)))
-            found += [TopBlocks(share=share, rule="pooled", block=block) for share in (0.1, 0.2, 0.4)]
+            found += [TopBlocks(share=share, rule="pooled", block=block) for share in (0.1, 0.2, 0.4, 0.6)]
             stride = min(16, block // 4)
-            found += [TopBlocks(mass=mass, rule="antidiagonal", block=block, stride=stride) for mass in (0.5, 0.7, 0.85, 0.95)]
-            found += [Stripes(theta=theta, block=block, step=4) for theta in (1.0, 2.5, 4.0, 6.0)]
-            found += [Budget(keep - 32, 32, 5) for keep in (tokens // part for part in (20, 12, 8, 5, 3, 2)) if keep > 32]
+            found += [
+                TopBlocks(mass=mass, rule="antidiagonal", block=block, stride=stride) for mass in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+            ]
+            found += [Stripes(theta=theta, block=block, step=4) for theta in (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)]
+            sizes = [round(tokens * part) for part in BUDGETS if round(tokens * part) > 32]
+            found += [Budget(keep - 32, 32, 5) for keep in sizes]
+            found += [Budget(keep - keep // 2, 32, 5, 4, keep // 2) for keep in sizes if keep >= 64]
         return list(dict.fromkeys(found))
 
     def texts_for(self, scope: Scope, data: Any, work: Work) -> list[tuple[Kind, Tensor, Tensor]]:
@@ -134,89 +146,80 @@ class PatternCost(ActiveProbe):
                 maker = PasskeyMaker.of(scope, context_of(scope, work), self.task)
                 given = [maker.text(maker.context, work.generator(1, number)) for number in range(self.texts)]
             found += [("recall", *_ended(text)) for text in given]
-        if "prose" in self.kinds and spells(scope):
-            for text in texts_of(scope, None, work, texts=self.texts):
-                found.append(("prose", text.ids, torch.arange(len(text.ids)) >= len(text.ids) // 8))
+        if spells(scope):
+            essays = texts_of(scope, None, work, texts=self.texts) if {"prose", "written"} & set(self.kinds) else []
+            begin: dict[Kind, float] = {"prose": 1 / 8, "written": WRITTEN}
+            for kind in (one for one in begin if one in self.kinds):
+                found += [(kind, text.ids, torch.arange(len(text.ids)) >= int(len(text.ids) * begin[kind])) for text in essays]
         if not found:
             raise refusal(ProbeError, f"kinds={self.kinds}", "this model's tokenizer spells no prose", "add 'recall'")
         return found
 
     def _unit(self, scope: Scope, kind: Kind, ids: Tensor, answer: Tensor, number: int, patterns: Sequence[Pattern]) -> dict[str, Any]:
         calls, gradients = traced(scope, ids, answer, margins=kind == "recall")
-        start = int(answer.int().argmax()) if kind == "recall" else len(ids) - len(ids) // 8
+        start = len(ids) - len(ids) // 8 if kind == "prose" else int(answer.int().argmax())
         rows: list[list[Any]] = []
         words = [json.dumps(pattern.to_dict()) for pattern in patterns]
         for module in scope.topology.main:
             call, gradient = calls.pop(module.name), gradients.pop(module.name)
-            at = _rows(gradient, self.rows)
-            found = judge(scope, call, gradient, at, patterns, start)
+            at, share = rows_of(gradient, len(ids) if self.rows is None and call.q.is_cuda else self.rows or ROWS)
+            found = judge(scope, call, gradient, at, patterns, start, share)
             for head in range(module.heads):
                 for place, word in enumerate(words):
                     rows.append([module.layer, head, word, kind, number, len(ids), *found[head, place].tolist()])
         return {"table": rows}
 
 
-def _rows(gradient: Tensor, count: int) -> Tensor:
-    """Indices of the `count` rows with the largest gradients [1, N, H, D], and as many spread over the text, ascending."""
+def rows_of(gradient: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(indices ascending, how many rows each stands for): the `count` rows with the largest gradients [1, N, H, D], each for itself, and as
+    many spread over the others, for all of those.
+    """
     size = gradient[0].double().square().sum((1, 2)).cpu()
-    largest = size.sort(descending=True, stable=True).indices[:count]
-    spread = torch.linspace(len(size) // 8, len(size) - 1, min(count, len(size))).long()
-    return torch.cat([largest, spread]).unique()
+    if 2 * count >= len(size):
+        return torch.arange(len(size)), torch.ones(len(size), dtype=torch.float64)
+    order = size.sort(descending=True, stable=True).indices
+    others = order[count:].sort().values
+    spread = others[torch.linspace(0, len(others) - 1, count).long()].unique()
+    rows = torch.cat([order[:count], spread])
+    share = torch.cat([torch.ones(count), torch.full((len(spread),), len(others) / len(spread))]).double()
+    rows, place = rows.sort()
+    return rows, share[place]
 
 
 @torch.no_grad()
-def judge(scope: Scope, call: AttentionCall, gradient: Tensor, rows: Tensor, patterns: Sequence[Pattern], start: int) -> Tensor:
-    """[H, patterns, 6] float64: loss, squares, error, whole, mass of every head under every pattern, over rows [R] of one sequence, and
-    the share of the entries kept, of choices over EVEN rows spread over the text. Budgets are chosen from the rows before `start` and leave
-    those as they are.
+def judge(
+    scope: Scope,
+    call: AttentionCall,
+    gradient: Tensor,
+    rows: Tensor,
+    patterns: Sequence[Pattern],
+    start: int,
+    share: Tensor | None = None,
+) -> Tensor:
+    """[H, patterns, 6] float64: loss, squares, error, whole, mass of every head under every pattern, over rows [R] of one sequence that
+    each count `share` [R] times (once), and the share of the entries kept, of choices over EVEN rows spread over the text. Budgets are
+    chosen from the rows before `start` and leave those as they are.
     """
-    assert call.v is not None
-    device, length = call.q.device, call.q.shape[2]
-    keys = torch.arange(length)
-    fixed = [pattern.fixed(length) for pattern in patterns]
-    seen = {pattern: pattern.visible(rows, keys).to(device) for pattern in set(fixed) if pattern.static}
-    outputs = _weights(scope, call.layer).to(device=device, dtype=torch.float64)
-    found = torch.zeros(call.q.shape[1], len(patterns), 6, dtype=torch.float64)
+    length, device = call.q.shape[2], call.q.device
+    found = torch.zeros(call.q.shape[1], len(patterns), 6, dtype=torch.float64, device=device)
     even = torch.linspace(0, length - 1, min(EVEN, length)).long()
-    causal = keys <= even[:, None]
-    for head in range(call.q.shape[1]):
-        scores = window_scores(call, head, rows.to(device), keys.to(device))[0]
-        values = call.v[0, head // call.group].double()
-        sink = None if call.sink_logits is None else call.sink_logits[head].double()
-        total = _total(scores, sink)
-        full = torch.exp(scores - total) @ values
-        gram = outputs[head] @ outputs[head].T
-        g = gradient[0, rows.to(device), head].double()
-        whole = ((full @ gram) * full).sum()
-        for place, pattern in enumerate(fixed):
-            density = pattern.density(length) if pattern.static else 1.0
-            if pattern.static:
-                visible = seen[pattern]
-            else:
-                both = _chosen(call, head, pattern, torch.cat([rows, even]), keys, start)
-                visible = both[: len(rows)].to(device)
-                if not isinstance(pattern, Budget):
-                    density = float((both[len(rows) :] & causal).sum() / causal.sum())
-            masked = scores.masked_fill(~visible, -torch.inf)
-            kept = torch.exp(masked - total).sum(-1).mean()
-            delta = full - _output(call, head, rows, masked, values, sink, visible if getattr(pattern, "compensate", False) else None)
-            change = (g * delta).sum(-1)
-            numbers = (-change.sum(), change.square().sum(), ((delta @ gram) * delta).sum(), whole, kept)
-            found[head, place] = torch.tensor([*(float(one) for one in numbers), density], dtype=torch.float64)
-    return found
-
-
-def _total(scores: Tensor, sink: Tensor | None) -> Tensor:
-    total = torch.logsumexp(scores, -1, keepdim=True)
-    return total if sink is None else torch.logaddexp(total, sink)
-
-
-def _chosen(call: AttentionCall, head: int, pattern: Pattern, rows: Tensor, keys: Tensor, start: int) -> Tensor:
-    """[R, N] bool: what rows see under a rule that chooses keys from this call."""
-    if not isinstance(pattern, Budget):
-        return choose(call, head, pattern).visible(rows, keys)
-    before = replace(call, q=call.q[:, :, :start], k=call.k[:, :, :start], v=None, mask=MaskFacts(True, call.mask.window))
-    return choose(before, head, pattern).visible(rows, keys) | (rows < start)[:, None]
+    outputs = Outputs(call, rows, start)
+    many = (torch.ones(len(rows)) if share is None else share).to(device=device, dtype=torch.float64)
+    weights = _weights(scope, call.layer).to(device=device, dtype=outputs.dtype)
+    gram = weights @ weights.transpose(-1, -2)
+    g = gradient[0, rows.to(device)].transpose(0, 1).to(outputs.dtype)
+    full = outputs.whole()
+    found[:, :, 3] = (((full @ gram) * full).sum(-1).double() @ many)[:, None]
+    for place, pattern in enumerate(patterns):
+        out, kept = outputs.under(pattern)
+        delta = full - out
+        change = (g * delta).sum(-1).double()
+        energy = ((delta @ gram) * delta).sum(-1).double()
+        numbers = torch.stack([-change @ many, change.square() @ many, energy @ many])
+        found[:, place, :3] = numbers.T
+        found[:, place, 4] = kept.double() @ (many / many.sum())
+        found[:, place, 5] = outputs.masks.shares(pattern, even)
+    return found.cpu()
 
 
 def _ended(text: PasskeyText) -> tuple[Tensor, Tensor]:
@@ -225,24 +228,6 @@ def _ended(text: PasskeyText) -> tuple[Tensor, Tensor]:
         return text.ids, text.answer
     begin, end = text.first
     return text.ids[:end], torch.arange(end) >= begin
-
-
-def _output(
-    call: AttentionCall, head: int, rows: Tensor, scores: Tensor, values: Tensor, sink: Tensor | None, seen: Tensor | None
-) -> Tensor:
-    """[R, Dv] of rows with scores [R, N]; with `seen` [R, N], the visible keys that it leaves out are one key more, their mean."""
-    if seen is None:
-        return torch.exp(scores - _total(scores, sink)) @ values
-    device = scores.device
-    dropped = ((torch.arange(seen.shape[1], device=device) <= rows.to(device)[:, None]) & ~seen).double()
-    count = dropped.sum(-1, keepdim=True)
-    share = dropped / count.clamp(min=1)
-    mean = share @ call.k[0, head // call.group].double()
-    score = (call.q[0, head, rows.to(device)].double() * mean).sum(-1, keepdim=True) * call.scale
-    score = call.softcap * torch.tanh(score / call.softcap) if call.softcap is not None else score
-    whole = torch.cat([scores, score + torch.log(count)], -1)
-    weights = torch.exp(whole - _total(whole, sink))
-    return weights[:, :-1] @ values + weights[:, -1:] * (share @ values)
 
 
 def traced(scope: Scope, ids: Tensor, answer: Tensor, *, margins: bool) -> tuple[dict[str, AttentionCall], dict[str, Tensor]]:

@@ -185,8 +185,12 @@ def _words(scope: Scope, ids: Tensor) -> str:
     return str(scope.text_tokenizer.decode([one for one in ids[0].tolist() if one != token], skip_special_tokens=True))
 
 
-def bundled_samples(count: int, seed: int = 0, kinds: Sequence[str] = BUNDLED_KINDS, **scene: Any) -> list[Sample]:
+def bundled_samples(
+    count: int, seed: int = 0, kinds: Sequence[str] = BUNDLED_KINDS, *, guess: float | None = None, **scene: Any
+) -> list[Sample]:
     """Questions about held-out digit grids for bundled:vlm, of the kinds in turns. `scene`: options of `data_vlm.scenes`.
+
+    `guess`: every question carries a guess at its answer, right in this share of them, wrong in the others; None: none does.
 
     `wanted` is the answer's first word; `facts` has the kind, the cells, and for position questions the cell that is asked for.
     """
@@ -202,7 +206,7 @@ def bundled_samples(count: int, seed: int = 0, kinds: Sequence[str] = BUNDLED_KI
     for number in range(count):
         kind = kinds[number % len(kinds)]
         one = source.Scene(drawn.pixels[number : number + 1], drawn.cells[number : number + 1])
-        made = source.turn(kind, one, dice)
+        made = source.turn(kind, one, dice, guess=guess)
         head = torch.full((1, 1 + source.TOKENS), token)
         head[0, 0] = source.ids_of()["<bos>"]
         first = made.answers[0]

@@ -112,6 +112,14 @@
         return NO();
       },
 
+      /* The graph along the text waits for a quiet moment, or for somebody who scrolls down to it. */
+      lines_soon: function (place, wanted) {
+        var frame = document.getElementById("lines-frame");
+        if (wanted || !frame || window.Plotly || !window.headscope.quiet) return true;
+        window.headscope.quiet(frame, function () { if (frame.isConnected) window.dash_clientside.set_props("lines-wanted", { data: true }); });
+        return NO();
+      },
+
       strip: function (data, token) {
         var strip = document.getElementById("strip");
         if (strip && data) drawStrip(strip, data, token);
@@ -127,7 +135,7 @@
 
   document.addEventListener("click", function (event) {
     var button = event.target.closest && event.target.closest("[data-unpin]");
-    if (!button) return;
+    if (!button || (window.headscope || {}).first) return;
     var list = (new URLSearchParams(window.location.search).get("pins") || "").split(",").filter(function (name) { return name && name !== button.dataset.unpin; });
     window.dash_clientside.set_props("pins", { data: list.join(",") });
   });
@@ -176,7 +184,7 @@
     if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || !KEYS[event.key]) return;
     var at = event.target;
     if (at.closest && at.closest("input, textarea, select, [role=listbox], [role=radiogroup], .ag-root, #strip, .viewer, .pictures, [contenteditable=true]")) return;
-    var link = document.getElementById(KEYS[event.key]);
+    var link = document.querySelector("#first ." + KEYS[event.key] + " a") || document.getElementById(KEYS[event.key]);
     if (!link) return;
     event.preventDefault();
     if (!link.closest(".step-none")) link.click();

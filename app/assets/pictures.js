@@ -163,9 +163,12 @@
     this.canvas.onmouseleave = function () { self.tip.hidden = true; };
     this.canvas.onclick = function (event) {
       var at = self.at(event);
-      if (at) window.dash_clientside.set_props("nav", { href: facts.head + facts.layers[at[0]] + "/" + at[1] + "?frame=" + self.frame });
+      var address = at && facts.head + facts.layers[at[0]] + "/" + at[1] + "?frame=" + self.frame;
+      if (at && HS.first) window.location.assign(address);
+      else if (at) window.dash_clientside.set_props("nav", { href: address });
     };
-    new ResizeObserver(function () { self.draw(); }).observe(host);
+    this.resized = new ResizeObserver(function () { self.draw(); });
+    this.resized.observe(host);
   }
 
   AllHeads.prototype.show = function (frame, shared) {
@@ -227,13 +230,17 @@
     this.tip.style.transform = "translate(" + Math.min(event.clientX - box.left + 14, this.host.clientWidth - this.tip.offsetWidth) + "px," + (event.clientY - box.top + 14) + "px)";
   };
 
+  HS.pictures = { OneHead: OneHead, AllHeads: AllHeads };
+
   Object.assign(window.dash_clientside.headscope, {
     picture_head: function (facts) {
+      if (HS.first) HS.first.hang();
       var host = document.getElementById("pictures");
       if (host && facts && host.hsFacts !== facts.weights) { host.hsFacts = facts.weights; host.hsPictures = new OneHead(host, facts); }
       return "";
     },
     picture_all: function (facts, frame, scale) {
+      if (HS.first) HS.first.hang();
       var host = document.getElementById("pictures-all");
       if (!host || !facts) return "";
       if (host.hsFacts !== facts.all) { host.hsFacts = facts.all; host.hsPictures = new AllHeads(host, facts); }

@@ -9,7 +9,7 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from headscope.app.components.role_legend import role_glyph
-from headscope.app.components.run_card import measured_tokens, shape_line
+from headscope.app.components.run_card import changes, measured_tokens, shape_line
 from headscope.app.format import MINUS, number, words
 from headscope.app.metrics import describe
 from headscope.app.runs import Run
@@ -44,7 +44,7 @@ def card_rows(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, 
             "Attention": ", ".join(card.get("attention_kernels", [])),
             "Natural text": texts.get("natural", ""),
             "Tokens": f"{measured_tokens(card):,}",
-            "Interventions": ", ".join(str(one.get("name", one)) for one in card.get("interventions", [])),
+            "Interventions": "; ".join(changes(card)) or "none",
             "Notes": "; ".join(card.get("notes", [])),
             "Made": str(card.get("created", ""))[:16].replace("T", " "),
         }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import dash_mantine_components as dmc
 from dash import dcc, html
 from dash.development.base_component import Component
+from pydantic import Field
 
 from headscope.app import theme
 from headscope.app.components import token_series, token_strip
@@ -17,7 +18,7 @@ from headscope.app.components.panel import control, panel
 from headscope.app.components.token_facts import token_facts
 from headscope.app.runs import Run
 
-Place = list[int]
+Place = Annotated[list[int], Field(min_length=2, max_length=2)]
 """[layer, head]."""
 HIDDEN = {"visible": False}
 
@@ -48,9 +49,10 @@ def facts_panel(run: Run, place: Place) -> Component:
     )
 
 
-def series_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme) -> Component:
-    """The plots along the text; the plots themselves come in a response of their own, so that the map of a long text comes first."""
-    figure = {"data": [], "layout": theme.layout(scheme, height=token_series.figure_height(len(state.series)), xaxis=HIDDEN, yaxis=HIDDEN)}
+def series_panel(run: Run, state: HeadState) -> Component:
+    """The plots along the text. The graph comes when the page is there and nobody is moving the map (`series_graph`): the script that draws
+    it takes the browser half a second to read.
+    """
     select = dmc.MultiSelect(
         id="series",
         value=state.series,
@@ -65,11 +67,17 @@ def series_panel(run: Run, place: Place, state: HeadState, scheme: theme.Scheme)
     return panel(
         "Along the text",
         select,
-        dcc.Graph(
-            id="lines", figure=figure, config=theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-text"), className="graph clickable"
-        ),
+        html.Div(id="lines-frame", style={"minHeight": token_series.figure_height(len(state.series))}),
+        dcc.Store(id="lines-wanted", data=False),
         className="area-series",
     )
+
+
+def series_graph(run: Run, place: Place, plots: int, scheme: theme.Scheme) -> Component:
+    """The graph of `plots` statistics, empty: what it shows comes in an answer of its own."""
+    figure = {"data": [], "layout": theme.layout(scheme, height=token_series.figure_height(plots), xaxis=HIDDEN, yaxis=HIDDEN)}
+    config = theme.graph_config(f"{run.id}-{place[0]}-{place[1]}-text")
+    return dcc.Graph(id="lines", figure=figure, config=config, className="graph clickable")
 
 
 def text_panel(run: Run, place: Place, state: HeadState) -> Component:

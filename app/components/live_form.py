@@ -127,6 +127,7 @@ def live_form(query: Mapping[str, object], runs: Sequence[str]) -> Component:
                     ),
                     dmc.Button("Generate and compare", id="live-compare", size="sm"),
                     dmc.Button("Capture the prompt", id="live-capture", size="sm", variant="default"),
+                    dmc.Button("Capture with the change", id="live-capture-changed", size="sm", variant="default"),
                 ],
                 className="toolbar toolbar-tight live-buttons",
             ),

@@ -28,6 +28,17 @@ def measured_tokens(card: dict[str, Any]) -> int:
     return sum(int(row.get("sequences", 1)) * int(row.get("tokens", 0)) for row in card.get("data", []))
 
 
+def changes(card: dict[str, Any]) -> list[str]:
+    """What was changed in the model while it was measured, in words; empty for the model as it is."""
+    return [str(one.get("what") or one.get("name", "")) if isinstance(one, dict) else str(one) for one in card.get("interventions", [])]
+
+
+def change_tags(card: dict[str, Any]) -> list[Component]:
+    """A warning per intervention, for the head of a page: its numbers are not the plain model's."""
+    names = [str(one.get("name", "")) if isinstance(one, dict) else str(one) for one in card.get("interventions", [])]
+    return [tag(f"measured under {name}", className="tag-warning", title=what) for name, what in zip(names, changes(card), strict=True)]
+
+
 def card_facts(card: dict[str, Any]) -> Component:
     """The whole card as a list of facts."""
     model = card.get("model", {})
@@ -45,6 +56,7 @@ def card_facts(card: dict[str, Any]) -> Component:
         ("Precision", _joined(model.get("dtype"), model.get("device"), sep=" on ")),
         ("Attention", [html.Code(name, className="spaced") for name in card.get("attention_kernels", [])]),
         ("Statistics", _joined(card.get("statistics_kernel"), "kernel", sep=" ") if card.get("statistics_kernel") else None),
+        ("Changed", html.Ul([html.Li(what) for what in changes(card)]) if changes(card) else None),
         ("Data", html.Ul([html.Li(_data_line(row)) for row in card.get("data", [])]) if card.get("data") else None),
         ("Whole model", html.Ul([html.Li(f"{words(name)} {number(value)}") for name, value in card.get("numbers", {}).items()])),
         ("Took", f"{total:,.1f} s" if total else None),
@@ -76,6 +88,7 @@ def entry_card(entry: Entry) -> Component:
                     tag(count(len(card.get("probes", [])), "probe")),
                     *[tag(kernel) for kernel in card.get("attention_kernels", [])],
                     tag(str(model.get("dtype", ""))),
+                    *change_tags(card),
                 ],
                 className="tags",
             ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headscope.app.live.owner import Job
+    from headscope.interventions import Stack
     from headscope.probes.active import AnyProbe
     from headscope.scope import Scope
 
@@ -26,8 +28,10 @@ KEPT_BYTES = 256 << 20
 """Keys and queries of all layers are kept, for exact windows, up to this size; above it none are."""
 
 
-def capture_prompt(prompt: str, root: Path) -> Callable[[Scope, Job], str]:
-    """Work that profiles `prompt` (the passive probes that it is long enough for) and gives the id of the new run in `root`."""
+def capture_prompt(prompt: str, root: Path, stack: Stack | None = None) -> Callable[[Scope, Job], str]:
+    """Work that profiles `prompt` (the passive probes that it is long enough for) and gives the id of the new run in `root`; under the
+    interventions of `stack`, which the run's card then names.
+    """
 
     def work(scope: Scope, job: Job) -> str:
         ids = scope.encode(prompt)
@@ -39,7 +43,11 @@ def capture_prompt(prompt: str, root: Path) -> Callable[[Scope, Job], str]:
         job.note = f"{tokens} tokens"
         path = free_place(root)
         keep = "all" if kept_bytes(scope, tokens) <= KEPT_BYTES else None
-        with watching(scope, job, passes=2):
+        edit: AbstractContextManager[object] = nullcontext()
+        if stack is not None:
+            stack.check(scope)
+            edit = scope.intervene(*stack)
+        with watching(scope, job, passes=2), edit:
             scope.profile(fitting(scope, ids[0].cpu()), context=tokens, data=ids[0].cpu(), keep=keep, out=path, progress=False)
         return path.name
 

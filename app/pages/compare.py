@@ -7,12 +7,13 @@ page says so and shows what can still be compared: roles, whole-model numbers, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import dash
 import dash_mantine_components as dmc
 from dash import ClientsideFunction, Input, Output, State, dcc, html
 from dash.development.base_component import Component
+from pydantic import Field
 
 from headscope.app import context, theme
 from headscope.app.components import compare_figures as figures
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from headscope.profile.comparison import Comparison
 
 TITLE = "Compare · headscope"
+Two = Annotated[list[str], Field(min_length=2, max_length=2)]
+"""The ids of both runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +234,7 @@ def pair_view(pair: Pair, chosen: Head | None) -> Component:
     )
 
 
-def update(runs: list[str], metric: str, head: str, scheme: str | None) -> tuple[Any, ...]:
+def update(runs: Two, metric: str, head: str, scheme: str | None) -> tuple[Any, ...]:
     """Callback: the figures after a change of scheme or of the chosen head."""
     pair = Pair.open(*runs)
     metric = choice({"metric": metric}, "metric", pair.metrics, default_metric(pair.metrics))
@@ -241,14 +244,14 @@ def update(runs: list[str], metric: str, head: str, scheme: str | None) -> tuple
     return (*drawn.values(), figures.pairs_figure(pair.first, pair.second, described, chosen, drawn_in))
 
 
-def update_depth(scheme: str | None, runs: list[str], metric: str) -> dict[str, Any]:
+def update_depth(scheme: str | None, runs: Two, metric: str) -> dict[str, Any]:
     """Callback: the curves after a change of scheme."""
     pair = Pair.open(*runs)
     metric = choice({"metric": metric}, "metric", pair.metrics, default_metric(pair.metrics))
     return figures.depth_figure(pair.first, pair.second, describe(pair.first.card, metric), theme.scheme_of(scheme))
 
 
-def update_pair(head: str, runs: list[str], metric: str) -> Component:
+def update_pair(head: str, runs: Two, metric: str) -> Component:
     """Callback: the maps of another head."""
     pair = Pair.open(*runs)
     return pair_view(pair, pair.head(head, metric))

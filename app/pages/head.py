@@ -8,15 +8,24 @@ import dash
 from dash import ClientsideFunction, Input, Output, State, dcc, html
 from dash.development.base_component import Component
 
-from headscope.app import context, theme
+from headscope.app import api, context, theme
 from headscope.app.components import token_series
-from headscope.app.components.head_panels import Place, draw_strip, facts_panel, lines_panel, series_panel, text_panel
+from headscope.app.components.head_panels import (
+    Place,
+    draw_strip,
+    facts_panel,
+    lines_panel,
+    series_graph,
+    series_panel,
+    text_panel,
+)
 from headscope.app.components.head_state import HeadState, usual
 from headscope.app.components.head_steps import WAYS, head_steps
 from headscope.app.components.line_panel import line_panel
 from headscope.app.components.map_viewer import map_panel, plan_note
 from headscope.app.components.picture_panel import picture_panel
 from headscope.app.components.role_legend import role_badge
+from headscope.app.components.run_card import change_tags
 from headscope.app.components.shell import crumbs
 from headscope.app.components.states import failure
 from headscope.app.components.token_facts import token_facts
@@ -71,6 +80,7 @@ def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme, pictur
                                 [
                                     html.H1(f"Layer {layer} · Head {head}"),
                                     *[role_badge(run, role) for role in run.reasons[layer, head]],
+                                    *change_tags(run.card),
                                     pin_button(),
                                 ],
                                 className="title-row",
@@ -87,7 +97,7 @@ def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme, pictur
                     map_panel(run, place, state),
                     facts_panel(run, place),
                     lines_panel(run, place, state, scheme),
-                    series_panel(run, place, state, scheme),
+                    series_panel(run, state),
                     text_panel(run, place, state),
                 ],
                 className="head-layout",
@@ -98,7 +108,7 @@ def _page(run: Run, place: Place, state: HeadState, scheme: theme.Scheme, pictur
 
 def update_lines(token: int, key: int, scheme: str | None, run: str, place: Place) -> Component:
     """Callback: the rows and columns of the chosen cell."""
-    opened = context.open_run(run)
+    opened = api.opened(run, *place)
     state = HeadState.checked(opened, token=token, key=key)
     return line_panel(opened, place[0], place[1], state.token, state.key, theme.scheme_of(scheme))
 
@@ -111,7 +121,7 @@ def pin_button() -> Component:
 
 def show_pinned(pins: str, run: str, place: Place) -> list[Component]:
     """Callback: the pinned heads as links, this one marked."""
-    opened = context.open_run(run)
+    opened = api.opened(run, *place)
     heads = heads_of(pins, opened)
     links: list[Component] = []
     for layer, head in heads[:10]:
@@ -126,26 +136,32 @@ def show_pinned(pins: str, run: str, place: Place) -> list[Component]:
 
 def update_plan(name: str | None, run: str, place: Place) -> Component | None:
     """Callback: what the chosen plan drops of this head."""
-    return plan_note(context.open_run(run), place[0], place[1], name or "")
+    return plan_note(api.opened(run, *place), place[0], place[1], name or "")
+
+
+def show_graph(wanted: bool, scheme: str | None, names: list[str] | None, run: str, place: Place) -> Component | None:
+    """Callback: the graph along the text, once."""
+    opened = api.opened(run, *place)
+    return series_graph(opened, place, len(HeadState.checked(opened, series=names).series), theme.scheme_of(scheme)) if wanted else None
 
 
 def update_series(names: list[str] | None, token: int | None, scheme: str | None, run: str, place: Place) -> dict[str, Any]:
     """Callback: the plots along the text."""
-    opened = context.open_run(run)
+    opened = api.opened(run, *place)
     state = HeadState.checked(opened, series=names, token=token)
     return token_series.series_figure(opened, place[0], place[1], state.series, theme.scheme_of(scheme), state.token)
 
 
 def update_strip(colour: str, page: int, run: str, place: Place) -> tuple[dict[str, Any], Component]:
     """Callback: the text's shades."""
-    opened = context.open_run(run)
+    opened = api.opened(run, *place)
     state = HeadState.checked(opened, colour=colour, page=page - 1)
     return draw_strip(opened, place, state.colour, state.page)
 
 
 def update_token(token: int | None, run: str, place: Place) -> Component:
     """Callback: the chosen token's numbers."""
-    return token_facts(context.open_run(run), place[0], place[1], token)
+    return token_facts(api.opened(run, *place), place[0], place[1], token)
 
 
 def register(app: dash.Dash) -> None:
@@ -177,6 +193,18 @@ def register(app: dash.Dash) -> None:
         token,
         key,
     )
+    app.clientside_callback(
+        ClientsideFunction("headscope", "lines_soon"), Output("lines-wanted", "data"), Input("place", "data"), State("lines-wanted", "data")
+    )
+    app.callback(
+        Output("lines-frame", "children"),
+        Input("lines-wanted", "data"),
+        State("scheme-now", "data"),
+        State("series", "value"),
+        run,
+        place,
+        **once,
+    )(show_graph)
     app.callback(Output("lines", "figure"), Input("series", "value"), token, scheme, run, place)(update_series)
     app.callback(
         Output("strip-data", "data"),

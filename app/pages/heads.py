@@ -26,7 +26,7 @@ from headscope.app.components.metric_note import metric_note
 from headscope.app.components.panel import control, panel, tag
 from headscope.app.components.role_leaders import role_leaders
 from headscope.app.components.role_legend import role_legend
-from headscope.app.components.run_card import card_facts, measured_tokens, shape_line
+from headscope.app.components.run_card import card_facts, change_tags, measured_tokens, shape_line
 from headscope.app.components.shell import crumbs
 from headscope.app.components.sorted_heads import sorted_figure
 from headscope.app.components.states import failure
@@ -73,7 +73,7 @@ def layout(run: str = "", **query: object) -> Component:
                     ),
                     html.Div(
                         [
-                            panel("Pinned heads", html.Div(id="pin-list")),
+                            panel("Pinned heads", html.Div(show_pins(opened.id, names_of(view.pins), view.metric), id="pin-list")),
                             panel("Strongest heads by role", role_leaders(opened)),
                             panel("Run card", card_facts(opened.card)),
                         ],
@@ -142,6 +142,7 @@ def _title(run: Run) -> Component:
                     tag(shape_line(run.card)),
                     tag(count(measured_tokens(run.card), "token")),
                     *[tag(f"attention: {name}") for name in run.card.get("attention_kernels", [])],
+                    *change_tags(run.card),
                     tag(" on ".join(str(model[key]) for key in ("dtype", "device") if model.get(key))),
                     dcc.Link("All heads on the picture", href=pictures_url(run.id), className="tag tag-strong") if run.pictures else None,
                     dcc.Link("Sparse plan and export", href=plan_url(run.id), className="tag tag-strong", id="to-plan"),
@@ -206,7 +207,7 @@ def _scatter_panel(run: Run, view: HeadsView, scheme: theme.Scheme) -> Component
         ),
         dcc.Graph(id="scatter", figure=_blank(scheme), config=config, className="graph clickable", style={"height": HEIGHT}),
         html.P("Draw a box (or a lasso, from the plot's bar) to pick heads; click one to open it.", className="hint"),
-        html.Div(id="scatter-note", className="hint"),
+        html.Div(_agreement(run, view.x, view.y), id="scatter-note", className="hint"),
     )
 
 
@@ -237,8 +238,12 @@ def update_scatter(
     opened = context.open_run(run)
     view = HeadsView.read({"x": x, "y": y, "roles": ",".join(roles or []), "picked": picked, "pins": pins}, opened)
     figure = scatter_figure(opened, view.x, view.y, view.roles, view.picked, view.pins, theme.scheme_of(scheme))
-    rho = rank_correlation(opened.grid(view.x), opened.grid(view.y))
-    return figure, "" if math.isnan(rho) else f"Spearman's rank correlation over all heads: {rho:.2f}"
+    return figure, _agreement(opened, view.x, view.y)
+
+
+def _agreement(run: Run, x: str, y: str) -> str:
+    rho = rank_correlation(run.grid(x), run.grid(y))
+    return "" if math.isnan(rho) else f"Spearman's rank correlation over all heads: {rho:.2f}"
 
 
 def find_heads(run: str, text: str | None) -> tuple[Any, Any]:

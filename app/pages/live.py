@@ -99,6 +99,7 @@ def _tags(owner: ModelOwner) -> list[Component]:
 def submit(
     _compare: int | None,
     _capture: int | None,
+    _changed: int | None,
     prompt: str | None,
     kind: str,
     heads: str | None,
@@ -113,19 +114,23 @@ def submit(
     try:
         if owner is None:
             raise refusal(UnavailableError, "a job", "no model is loaded", "start with headscope app --model MODEL")
-        if ctx.triggered_id == "live-capture":
+        stack = None
+        if ctx.triggered_id != "live-capture":
+            number = strength if isinstance(strength, int | float) else STRENGTHS.get(kind, ("", 1.0))[1]
+            change = Change(kind, heads or "", mode, float(number), spec or "")
+            stack = change.stack(context.open_run(run).profile() if run else None)
+        if ctx.triggered_id in ("live-capture", "live-capture-changed"):
             index = context.index()
             if index.single is not None:
                 why = "the dashboard was opened on one run and has no folder for another"
                 raise refusal(RunError, "a capture", why, "open it on a directory of runs")
-            job = owner.submit("Capturing the prompt", capture_prompt(prompt or "", index.root))
+            what = "Capturing the prompt" if stack is None else "Capturing under the change"
+            job = owner.submit(what, capture_prompt(prompt or "", index.root, stack))
         else:
             if not isinstance(tokens, int):
                 raise refusal(UnavailableError, f"{tokens!r} new tokens", "it is no whole number", "write e.g. 32")
-            number = strength if isinstance(strength, int | float) else STRENGTHS.get(kind, ("", 1.0))[1]
-            change = Change(kind, heads or "", mode, float(number), spec or "")
-            profile = context.open_run(run).profile() if run else None
-            job = owner.submit(KINDS.get(kind, kind), compare_writing(prompt or "", change.stack(profile), tokens))
+            assert stack is not None
+            job = owner.submit(KINDS.get(kind, kind), compare_writing(prompt or "", stack, tokens))
     except HeadscopeError as error:
         return html.Div([icon("warning"), html.P(str(error))], className="live-failed", role="alert"), "", True
     return waiting(job, owner.place(job)), job.id, False
@@ -180,6 +185,7 @@ def register(app: dash.Dash) -> None:
         Output("live-poll", "disabled"),
         Input("live-compare", "n_clicks"),
         Input("live-capture", "n_clicks"),
+        Input("live-capture-changed", "n_clicks"),
         State("live-prompt", "value"),
         State("live-change", "value"),
         State("live-heads", "value"),

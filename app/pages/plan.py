@@ -35,6 +35,24 @@ TITLE = "Plan · headscope"
 BOUNDS = {"density": "compute", "cache": "KV cache"}
 
 
+def first(run: str = "", **_query: object) -> Component:
+    """The first paint: a plan takes a second to make, and its page's name need not wait for it."""
+    try:
+        return html.Div([_title(context.open_run(run)), html.P("Making the plan …", className="muted", role="status")])
+    except RunError as error:
+        return failure("This run cannot be shown", str(error))
+
+
+def _title(run: Run) -> Component:
+    return html.Div(
+        [
+            crumbs(("Runs", home_url()), (run.id, run_url(run.id)), ("Plan", None)),
+            html.H1(["Sparse plan of ", str(run.card.get("model", {}).get("name") or run.id)]),
+        ],
+        className="page-title",
+    )
+
+
 def layout(run: str = "", **query: object) -> Component:
     """The page of a run's plans; the query may hold method, bound, share, length and format."""
     try:
@@ -61,13 +79,7 @@ def layout(run: str = "", **query: object) -> Component:
             dcc.Store(id="plan-url", data=""),
             dcc.Store(id="plan-kept", data=""),
             dcc.Download(id="plan-download"),
-            html.Div(
-                [
-                    crumbs(("Runs", home_url()), (opened.id, run_url(opened.id)), ("Plan", None)),
-                    html.H1(["Sparse plan of ", str(opened.card.get("model", {}).get("name") or opened.id)]),
-                ],
-                className="page-title",
-            ),
+            _title(opened),
             html.Div(
                 [
                     html.Div(

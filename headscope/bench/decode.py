@@ -12,16 +12,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headscope.call import AttentionCall, MaskFacts
 from headscope.errors import UnavailableError, refusal
-from headscope.kernels.sparse_decode_host import NEVER, DecodeWork, KeyLists, Places, cut, decode
+from headscope.kernels.sparse_decode_host import LISTS_A_PROCESSOR, NEVER, DecodeWork, KeyLists, Places, cut, decode
 from headscope.plans.cache_store import LayerStore
 from headscope.plans.dynamic import TopKeys
-from headscope.plans.execute_decode import Memory, call_step, choose_due
+from headscope.plans.execute_decode import Memory, call_step, choose_due, picked
+from headscope.plans.execute_heads import Heads
 from headscope.plans.patterns import Dense, Pattern, Streaming
 
 if TYPE_CHECKING:
@@ -41,16 +43,15 @@ Step = Callable[[], "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """One way to run a step: a callable per cache, bytes read per step, bytes of cache held, and what it sees [Hq, N] (None: all).
-    `checked`: what it sees is known, so that its error can be told.
+    """One way to run a step: a callable per cache, bytes read per step (None: not counted), bytes of cache held, and what it sees [Hq, N]
+    (None: all), or how to find out what the first cache's step saw just now.
     """
 
     name: str
     steps: list[Step]
-    read: float
+    read: float | None
     held: float
-    seen: Tensor | None = None
-    checked: bool = True
+    seen: Tensor | Callable[[], Tensor] | None = None
 
 
 def graph_ms(steps: Sequence[Step], repeats: int = 7) -> float:
@@ -132,13 +133,26 @@ def _rows(tokens: int, batch: int, flex: bool, notes: list[str]) -> list[list[An
         try:
             steps = way.steps * -(-16 // len(way.steps))
             graph, plain = graph_ms(steps), plain_ms(steps)
-            error = _error(way, caches[0]) if way.checked else None
+            error = _error(way, caches[0])
         except (RuntimeError, ValueError) as error_:  # a peer that refuses a shape is a note, not the end of the bench
             notes.append(f"{way.name} at {tokens}, batch {batch}: {type(error_).__name__}: {str(error_).splitlines()[0][:120]}")
             continue
         base[way.name] = (graph, plain)
         ratio = [base[peer][0] / graph if peer in base else None for peer in ("dense, cuDNN", "dense, FlashAttention-2")]
-        rows.append([tokens, batch, way.name, graph, plain, *ratio, way.read / graph / 1e9, way.held / 2**20, way.held / whole, error])
+        rows.append(
+            [
+                tokens,
+                batch,
+                way.name,
+                graph,
+                plain,
+                *ratio,
+                None if way.read is None else way.read / graph / 1e9,
+                way.held / 2**20,
+                way.held / whole,
+                error,
+            ]
+        )
     return rows
 
 
@@ -267,19 +281,27 @@ def _ways(caches: list[tuple[Tensor, Tensor, Tensor]], tokens: int, batch: int, 
         (D2_OWN, 1, False),
         ("10 % of the keys in blocks of 32, heads of a group alike", 32, True),
         ("10 % of the keys in blocks of 32, every head its own", 32, False),
+        ("10 % of the keys in blocks of 64, every head its own", 64, False),
     ):
         lists, seen = random_lists(tokens, batch, block, alike)
         keys = [int(one) * block for one in lists.counts[0]]
         read = whole * sum(keys) / (tokens * KV_HEADS)
         rules = _rules([None] * KV_HEADS)
-        ways.append(Way(name, _ours(caches, plain, tokens, rules, lists, cut(keys, batch, device)), read, whole, seen))
-    if tokens >= 32768:
-        ways += _choosing(caches, tokens, whole)
+        work = cut(keys, batch, device, per_processor=LISTS_A_PROCESSOR)
+        ways.append(Way(name, _ours(caches, plain, tokens, rules, lists, work), read, whole, seen))
+        if name == D2_OWN:  # how fast so much can be read at all
+            few = max(keys)
+            part = [Places.of(k[:, :, :few], v[:, :, :few]) for _, k, v in caches]
+            steps = _ours(caches, part, few, _rules([dense] * KV_HEADS), None, cut([few] * KV_HEADS, batch, device))
+            seen = torch.arange(tokens, device=device).expand(HEADS, -1) < few
+            ways.append(Way("dense, ours, over as many keys as these lists hold together", steps, whole * few / tokens, whole, seen))
     if flex:
         for name in (D1, D2):
             way = next(one for one in ways if one.name == name)
-            if way.seen is not None:
+            if isinstance(way.seen, torch.Tensor):
                 ways.append(Way(f"{name}: FlexAttention", _flex(caches, way.seen), way.read, whole, way.seen))
+    if tokens >= 32768:
+        ways += _choosing(caches, tokens, whole)
     return ways
 
 
@@ -291,23 +313,41 @@ def _choosing(caches: list[tuple[Tensor, Tensor, Tensor]], tokens: int, whole: f
         often = "every step" if refresh == 1 else f"every {refresh}th step"
         for what, pattern in (
             ("keys by exact scores", TopKeys(keep, refresh)),
+            ("keys by exact scores, heads of a group together", TopKeys(keep, refresh, grouped=True)),
             ("keys in blocks of 32 by bounds", TopKeys(keep, refresh, block=32, estimate="bounds")),
+            (
+                "keys in blocks of 32 by bounds, heads of a group together",
+                TopKeys(keep, refresh, block=32, estimate="bounds", grouped=True),
+            ),
+            ("keys in blocks of 32 by means, heads of a group together", TopKeys(keep, refresh, block=32, estimate="mean", grouped=True)),
         ):
-            memories = [Memory() for _ in caches]
-
-            def step(at: int, number: int, one: TopKeys = pattern, held: list[Memory] = memories) -> Step:
-                q, k, v = caches[at]
-                call = AttentionCall("bench", 0, q, k, v, WIDTH**-0.5, MaskFacts(causal=True), query_offset=tokens - 1)
-
-                def run_one() -> Tensor:
-                    choose_due(call, [one] * HEADS, held[at], number)
-                    return call_step(call, [one] * HEADS, held[at].keys, held[at])
-
-                return run_one
-
-            steps = [step(at, number + 1) for number in range(8) for at in range(len(caches))]
-            ways.append(Way(f"10 % of the {what}, chosen {often}", steps, whole * SHARE, whole, None, False))
+            heads, memories = Heads([pattern] * HEADS), [Memory() for _ in caches]
+            steps = [_choosing_step(caches[at], heads, memories[at], number + 1) for number in range(8) for at in range(len(caches))]
+            seen = partial(_chosen, memories[0], tokens, caches[0][0].device)
+            ways.append(Way(f"10 % of the {what}, chosen {often}", steps, None, whole, seen))
     return ways
+
+
+def _choosing_step(cache: tuple[Tensor, Tensor, Tensor], heads: Heads, memory: Memory, number: int) -> Step:
+    q, k, v = cache
+    call = AttentionCall("bench", 0, q, k, v, WIDTH**-0.5, MaskFacts(causal=True), query_offset=k.shape[2] - 1)
+
+    def run_one() -> Tensor:
+        choose_due(call, heads, memory, number)
+        made = picked(heads, memory, lambda layer: memory)
+        return call_step(call, heads, memory.keys, memory, made)
+
+    return run_one
+
+
+def _chosen(memory: Memory, tokens: int, device: torch.device) -> Tensor:
+    """[Hq, N] bool: what the heads of the first sequence chose last, and their windows."""
+    out = torch.zeros(HEADS, tokens, dtype=torch.bool, device=device)
+    for head in range(HEADS):
+        columns, since = memory.row(head)
+        out[head, columns[0][columns[0] >= 0].long()] = True
+        out[head, int(since[0]) :] = True
+    return out
 
 
 def _seen(patterns: Sequence[Pattern], tokens: int, device: torch.device) -> Tensor:
@@ -352,12 +392,13 @@ def _error(way: Way, cache: tuple[Tensor, Tensor, Tensor]) -> float:
     """Largest absolute error of the first cache's step against float64 under the same mask."""
     q, k, v = cache
     found = way.steps[0]().double()
+    seen = way.seen() if callable(way.seen) else way.seen
     worst = 0.0
-    for b in {0, q.shape[0] - 1}:
+    for b in {0, 0 if callable(way.seen) else q.shape[0] - 1}:
         for head in range(HEADS):
             scores = (k[b, head // GROUP].double() @ q[b, head, 0].double()) * WIDTH**-0.5
-            if way.seen is not None:
-                scores = scores.masked_fill(~way.seen[head], float("-inf"))
+            if seen is not None:
+                scores = scores.masked_fill(~seen[head], float("-inf"))
             exact = torch.softmax(scores, 0) @ v[b, head // GROUP].double()
             worst = max(worst, float((found[b, 0, head] - exact).abs().max()))
     return worst

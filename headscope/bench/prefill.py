@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from headscope.kernels.sparse_lists import TileLists
 
 LENGTHS = (2048, 8192, 32768, 131072)
-DENSITIES = (0.05, 0.1, 0.2, 0.5, 0.85)
+DENSITIES = (0.05, 0.1, 0.12, 0.15, 0.2, 0.5, 0.85)
 SINK, WINDOW = 128, 1024
 HEADS, WIDTH, TILE = 32, 128, 128
 Mask = Callable[[int, "Tensor", "Tensor"], "Tensor"]
@@ -101,7 +101,7 @@ def work(tokens: int) -> float:
 def dense_rows(call: AttentionCall, rows: list[dict[str, Any]]) -> float:
     """Adds the dense kernels at one length; ms of cuDNN's."""
     tokens = call.q.shape[2]
-    repeats = 7 if tokens <= 32768 else 3
+    repeats = 15 if tokens <= 32768 else 5
     base = 0.0
     for name in ("cudnn", "flash"):
         run = sdpa(call, name)
@@ -217,7 +217,7 @@ def sparse_row(call: AttentionCall, case: Case, base: float) -> dict[str, Any]:
     from headscope.kernels.sparse_prefill import gluon_prefill, gluon_supports, triton_prefill
 
     tokens = call.q.shape[2]
-    repeats = 7 if tokens <= 32768 else 3
+    repeats = 15 if tokens <= 32768 else 5
     lists = case.lists()
     backend = "triton" if gluon_supports(call, case.patterns or []) else "gluon"
     kernel = triton_prefill if backend == "triton" else gluon_prefill

@@ -1,242 +1,162 @@
 """Quality against density: what every planner's plans cost a model that reads long texts, all measured under `scope.execute(plan)`.
 
 Two questions, since methods act in two places. "prefill": x is the share of the causal entries that the prefill computed. "decode": x is
-the share of the keys that a decode step reads; methods that drop keys for good are asked for that share of the cache. Both are counted from
-the patterns that really ran, chosen ones included, and not taken from what a plan promised.
+the share of the keys that a decode step reads; methods that drop keys for good are asked for that share of the cache. What was asked and
+what was kept both stand in a row, and curves are drawn at what was kept.
 
 `bundled:needle` is judged by whole answers right: the question is the end of the prompt, the answer is decoded word by word with the right
 words given (an answer counts when every word is the model's first choice, which is what greedy decoding would say). Other models are
-judged by perplexity on the bundled essays: over the second half of a prefill for "prefill", over decoded tokens for "decode".
+judged by perplexity: over the second half of a prompt for "prefill", over decoded tokens for "decode".
 
-The silent failure this avoids: a plan that in truth ran dense. A row says what was kept, and a method that cannot meet a density gives no
-point there, with its reason, rather than a point somewhere else.
+A method that cannot meet a density gives no point there, with its reason, rather than a point somewhere else; so does a method whose probe
+cannot be run on the model. Rows are kept as they come, so that a run that was killed goes on where it stopped, and several processes can
+share the rows of one bench.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from headscope.bench.quality_run import keys_read, run
+from headscope.bench.quality_tasks import KINDS, Task, needle_task, shown_haystack, text_task
 from headscope.errors import HeadscopeError, PlanError, refusal, unknown_name
-from headscope.plans import Budget, Dense, Pattern, SparsePlan, TopKeys
+from headscope.plans import SparsePlan
 from headscope.plans.dynamic_curves import remembering
-from headscope.plans.indices import choose, element
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from headscope.call import AttentionCall
     from headscope.profile import HeadProfile
     from headscope.scope import Scope
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-DENSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
-SEED = 4242
-"""Of the held-out haystacks, which are those of the model's card."""
-DECODED = 32
-"""Tokens that are decoded one by one for a perplexity."""
+DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
 OVER_TEXT = ("minference", "map_similarity")
 """Active probes that read any text: a model of haystacks is shown one."""
+ONE_BY_ONE = ("flex_blocks",)
+"""Patterns that choose head by head on every device: their rows take fewer haystacks or texts."""
+
+
+# ---- what planners stand on ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """What a model is judged by. `prompts` [n][N_i] ids, `answers` [n][a] ids that follow, in groups of one answer length; `kinds` [n]."""
+class Shown:
+    """What planners may look at: a profile, made of texts that nothing is judged by, the text that dials are set on (None: a bundled
+    essay), and why probes are missing: `failed` probe -> reason.
+    """
 
-    name: str
-    prompts: tuple[Tensor, ...]
-    answers: tuple[Tensor, ...]
-    kinds: tuple[str, ...]
-    length: int
-    perplexity: bool = False
-
-
-def needle_task(length: int, count: int) -> Task:
-    """`count` held-out haystacks of codes and as many of entries, one question each."""
-    from headscope.models.bundled import data_needle
-    from headscope.models.bundled.training import generator
-
-    prompts, answers, kinds = [], [], []
-    for kind in ("code", "entry"):
-        source = generator(SEED + length, "cpu")
-        for one in (data_needle.batch(1, length, kind, 8, 1, source) for _ in range(count)):
-            places = one.answers[0, 0]
-            prompts.append(one.ids[0, : int(places[0])])
-            answers.append(one.ids[0, places])
-            kinds.append(kind)
-    return Task(f"needle {length}", tuple(prompts), tuple(answers), tuple(kinds), length)
+    profile: HeadProfile | None = None
+    text: str | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def text_task(scope: Scope, length: int, count: int) -> Task:
-    """`count` texts of exactly `length` tokens from the bundled essays, the last DECODED of which are decoded."""
-    from headscope.data import natural_texts
+def probes_of(methods: Iterable[str]) -> list[str]:
+    """The probes that planners stand on: of alternatives the last, which is the one that a single pass can measure."""
+    from headscope.plans.planners import PLANNERS
+    from headscope.plans.planners.base import _probe_of
 
-    texts = [one.ids for one in natural_texts(scope.tokenizer, length, texts=count)]
-    decoded = min(DECODED, length // 4)
-    return Task(
-        f"text {length}",
-        tuple(ids[:-decoded] for ids in texts),
-        tuple(ids[-decoded:] for ids in texts),
-        ("text",) * count,
-        length,
-        perplexity=True,
-    )
-
-
-@dataclass(eq=False)
-class Meter:
-    """Counts what a plan's patterns keep, from the calls of the model under that plan: one sequence of a batch. Computes nothing."""
-
-    plan: SparsePlan
-    kept: float = 0.0
-    entries: float = 0.0
-    read: float = 0.0
-    keys: float = 0.0
-
-    def execute(self, call: AttentionCall) -> Tensor | None:
-        """None: the call goes on to the plan's executor."""
-        if call.layer is None or not call.mask.causal:
-            return None
-        one = element(call, 0)
-        start = 0 if one.first_token is None else int(one.first_token[0])
-        length = call.k.shape[2] + call.key_offset - start
-        for head in range(call.q.shape[1]):
-            pattern = self.plan.patterns[call.layer, head]
-            if call.q.shape[2] == 1 and call.query_offset > 0:
-                self.read += keys_read(pattern, length)
-                self.keys += length
-            elif call.query_offset == 0:
-                late = isinstance(pattern, Budget | TopKeys)
-                chosen = Dense() if late else choose(one, head, pattern)
-                self.kept += chosen.kept(length)
-                self.entries += length * (length + 1) / 2
-        return None
-
-    @property
-    def density(self) -> float:
-        """Share of the prefill's entries."""
-        return self.kept / self.entries if self.entries else math.nan
-
-    @property
-    def share(self) -> float:
-        """Share of the keys that a decode step reads."""
-        return self.read / self.keys if self.keys else math.nan
+    found: dict[str, None] = {}
+    for method in methods:
+        needs = PLANNERS[method].requires
+        if needs.metrics:
+            chosen = needs.metrics[-1] if method != "headkv" else needs.metrics[0]
+            found |= dict.fromkeys(_probe_of(name) for name in chosen)
+        found |= dict.fromkeys(table.partition(".")[0] for table in needs.tables)
+    return list(found)
 
 
-def keys_read(pattern: Pattern, length: int) -> float:
-    """Keys that the last of `length` tokens reads when it is decoded."""
-    if isinstance(pattern, TopKeys):
-        return length if pattern.full else min(length, pattern.keep + pattern.window)
-    if pattern.static:
-        return float(pattern.visible(torch.tensor([length - 1]), torch.arange(length)).sum())
-    return min(length, pattern.cached(length))
+def shown(scope: Scope, methods: Sequence[str], task: Task, say: Callable[[str], None] = lambda text: None) -> Shown:
+    """What the methods stand on, measured now, probe by probe. A model of haystacks is shown a haystack where a probe reads any text."""
+    ids = None if task.perplexity else shown_haystack(task.length)
+    profile = base_profile(scope, task)
+    failed: dict[str, str] = {}
+    for name in probes_of(methods):
+        start = time.perf_counter()
+        try:
+            profile = joined(profile, measured(scope, name, task))
+            say(f"probe {name}: {time.perf_counter() - start:.0f} s")
+        except HeadscopeError as error:
+            failed[name] = " ".join(str(error).split())
+            say(f"probe {name}: {failed[name]}")
+    text = None if ids is None else str(scope.text_tokenizer.decode(ids))
+    return Shown(profile, text, failed)
 
 
-# ---- running ----------------------------------------------------------------------------------------------------------
+def base_profile(scope: Scope, task: Task) -> HeadProfile:
+    """Block maps and one number a head, of the text that planners are shown."""
+    ids = None if task.perplexity else shown_haystack(task.length)[None]
+    return scope.profile(["entropy"], context=_context(scope, task), data=ids, block=tile(task.length))
 
 
-def batches(task: Task, size: int, only: int | None = None) -> Iterable[list[int]]:
-    """Numbers of sequences to run together: of one kind, `size` at a time."""
-    numbers = range(len(task.prompts) if only is None else only)
-    for kind in dict.fromkeys(task.kinds):
-        mine = [number for number in numbers if task.kinds[number] == kind]
-        for first in range(0, len(mine), size):
-            yield mine[first : first + size]
+def measured(scope: Scope, name: str, task: Task) -> HeadProfile:
+    """A profile with one probe alone. Raises what the probe raises."""
+    from headscope.probes.active import ActiveProbe
+    from headscope.probes.registry import REGISTRY
+    from headscope.profile.head_profile import HeadProfile
+
+    ids = None if task.perplexity else shown_haystack(task.length)[None]
+    if name not in OVER_TEXT or ids is None:
+        return scope.profile([name], context=_context(scope, task), data=ids, maps=False, keep_statistics=False)
+    probe = REGISTRY[name]()
+    assert isinstance(probe, ActiveProbe)
+    found = probe.run(scope, ids)
+    profile = scope.profile(["entropy"], context=_context(scope, task), data=ids, maps=False, keep_statistics=False)
+    table = profile.table.copy()
+    for metric, values in found.scores.items():
+        table[metric] = [float(values[profile.layers.index(int(one.layer)), int(one.head)]) for one in table.itertuples()]
+    return HeadProfile(table, profile.card, tables={f"{name}.{part}": frame for part, frame in found.tables.items()})
 
 
-@torch.no_grad()
-def run(scope: Scope, task: Task, plan: SparsePlan | None, *, size: int = 4) -> dict[str, Any]:
-    """Accuracy per kind, or nll of the prefill's second half and of the decoded tokens, with what the plan kept."""
-    hits: dict[str, list[bool]] = {}
-    late: list[float] = []
-    second: list[float] = []
-    meter = None if plan is None else Meter(plan)
-    metered: set[str] = set()
-    for numbers in batches(task, size):
-        kind = task.kinds[numbers[0]]
-        with ExitStack() as stack:
-            if plan is not None and meter is not None:
-                stack.enter_context(scope.execute(plan, fallback=False))
-                if kind not in metered:
-                    stack.enter_context(scope.executing(meter))
-                    metered.add(kind)
-            prompts, answers = [task.prompts[n] for n in numbers], torch.stack([task.answers[n] for n in numbers]).to(scope.device)
-            found, nll = _decode(scope, prompts, answers, rows=task.perplexity)
-        if task.perplexity:
-            late += found.flatten().tolist()
-            second += nll
-        else:
-            hits.setdefault(kind, []).extend(bool(one) for one in (found == 0).all(1))
-    row: dict[str, Any] = {"density": 1.0, "read": 1.0, "cache": 1.0}
-    if plan is not None and meter is not None:
-        row = {"density": meter.density, "read": meter.share, "cache": plan.kv_share(task.length)}
-    if task.perplexity:
-        return row | {"nll_prefill": sum(second) / len(second), "nll_decode": sum(late) / len(late), "tokens": len(late)}
-    right = {kind: sum(one) / len(one) for kind, one in hits.items()}
-    return row | right | {"accuracy": sum(map(sum, hits.values())) / len(task.prompts), "haystacks": len(task.prompts)}
+def joined(one: HeadProfile, other: HeadProfile) -> HeadProfile:
+    """The first profile with the second's metrics and tables."""
+    from headscope.profile.head_profile import HeadProfile
+
+    new = [name for name in other.metrics if name not in one.metrics]
+    table = one.table.merge(other.table[["layer", "head", *new]], on=["layer", "head"], how="left")
+    card = replace(one.card, data=[*one.card.data, *(row for row in other.card.data if row not in one.card.data)])
+    return HeadProfile(table, card, one._content, tables={**one.tables, **other.tables})
 
 
-def _decode(scope: Scope, prompts: Sequence[Tensor], answers: Tensor, *, rows: bool) -> tuple[Tensor, list[float]]:
-    """([B, a]: rank beyond the first (0 or 1) of every answer word, or its nll with `rows`; nll of the prompts' second halves)."""
-    longest = max(len(one) for one in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for number, one in enumerate(prompts):  # padding on the left, so that all answers begin at one place
-        ids[number, longest - len(one) :] = one
-        mask[number, longest - len(one) :] = 1
-    ids, mask = ids.to(scope.device), mask.to(scope.device)
-    whole = bool(mask.all())
-    half = longest // 2
-    out = scope.model(
-        input_ids=ids, attention_mask=None if whole else mask, use_cache=True, logits_to_keep=longest - half + 1 if rows else 1
-    )
-    nll = []
-    if rows:
-        logits = out.logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, half:].flatten(), reduction="none")
-        nll = losses.tolist()
-    found = []
-    cache, logits = out.past_key_values, out.logits[:, -1].float()
-    for place in range(answers.shape[1]):
-        word = answers[:, place]
-        found.append(torch.nn.functional.cross_entropy(logits, word, reduction="none") if rows else (logits.argmax(-1) != word).long())
-        if place + 1 < answers.shape[1]:
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            step = scope.model(input_ids=word[:, None], attention_mask=None if whole else mask, past_key_values=cache, use_cache=True)
-            cache, logits = step.past_key_values, step.logits[:, -1].float()
-    return torch.stack(found, 1).cpu(), nll
+def tile(length: int) -> int:
+    """Tokens of a tile: 128, but 32 tiles and more a side, as the methods have at their lengths."""
+    return min(128, max(16, 1 << max(0, (length // 32).bit_length() - 1)))
 
 
-# ---- plans ------------------------------------------------------------------------------------------------------------
+def _context(scope: Scope, task: Task) -> int:
+    """Tokens that probes read: all of a shown haystack."""
+    return min(task.length, scope.max_length or task.length) if task.perplexity else len(shown_haystack(task.length))
+
+
+# ---- plans --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Bench:
-    """One model, its task and what planners may look at."""
+    """One model, its task and what planners may look at. `few`: sequences of each kind for methods that choose head by head."""
 
     scope: Scope
     task: Task
-    profile: HeadProfile | None = None
-    text: str | None = None
+    shown: Shown = field(default_factory=Shown)
     size: int = 4
+    few: int | None = None
     say: Callable[[str], None] = field(default=lambda text: None)
 
     def options(self, method: str, phase: Phase, target: float) -> dict[str, Any]:
         """The planner's options for one point. PlanError where the method does not act in this phase."""
         from headscope.plans.planners import PLANNERS
 
-        cls, length = PLANNERS[method], self.task.length
+        cls, length = PLANNERS[method], len(self.task.prompts[0]) if phase == "prefill" else self.task.length
         known = {item.name for item in fields(cls)}
         options: dict[str, Any] = {"length": length}
-        small = max(16, 1 << max(0, (length // 32).bit_length() - 1))  # 32 tiles and more a side, as the methods have at their lengths
         if "block" in known:
-            options["block"] = min(128, small)
+            options["block"] = tile(self.task.length)
         if "stride" in known and method == "xattention":
             options["stride"] = min(16, options["block"] // 4)
         if method == "anchor":
@@ -244,8 +164,10 @@ class Bench:
         if method in ("duo", "task_kv"):  # windows in proportion: those of the papers are made for longer texts
             options["recent"] = min(256, max(8, length // 32))
             options["sink"] = min(128 if method == "duo" else 16, max(4, length // 128))
-        if "text" in known and self.text is not None:
-            options["text"] = self.text
+        if "aim" in known and self.task.perplexity:
+            options["aim"] = "prose"
+        if "text" in known and self.shown.text is not None:
+            options["text"] = self.shown.text
         bound = {"prefill": "density", "decode": "cache"}[phase]
         if method in ("tidal", "hylra"):
             if phase == "prefill":
@@ -271,41 +193,104 @@ class Bench:
         """A planner's plan from the profile and the live model, whichever it asks for."""
         from headscope.plans.planners import plan
 
-        return plan(self.scope, method, **options) if self.profile is None else plan(self.profile, method, scope=self.scope, **options)
+        profile = self.shown.profile
+        return plan(self.scope, method, **options) if profile is None else plan(profile, method, scope=self.scope, **options)
 
     def point(self, method: str, phase: Phase, target: float) -> dict[str, Any]:
         """One row: what was asked, what was kept, how good the answers are; or why there is none."""
         row: dict[str, Any] = {"method": method, "phase": phase, "target": target}
+        start = time.perf_counter()
         try:
-            made = self.plan(method, **self.options(method, phase, target))
+            options = self.options(method, phase, target)
+            for probe in probes_of([method]):
+                if probe in self.shown.failed:
+                    raise PlanError(f"probe {probe}: {self.shown.failed[probe]}")
+            made = self.plan(method, **options)
         except HeadscopeError as error:
             return row | {"reason": " ".join(str(error).split())}
-        return row | run(self.scope, self.task, made, size=self.size)
+        slow = any(one.kind in ONE_BY_ONE for one in made.patterns.values())
+        task = self.task.part(self.few) if slow and self.few is not None else self.task
+        planned = time.perf_counter() - start
+        row |= run(self.scope, task, made, size=self.size, phase=phase)
+        return row | {"planned_s": round(planned, 1), "ran_s": round(time.perf_counter() - start - planned, 1), "notes": list(made.notes)}
 
-    def table(self, methods: Sequence[str], densities: Sequence[float], phases: Sequence[Phase] = PHASES) -> list[dict[str, Any]]:
-        """Dense first, then every method in every phase at every density."""
-        rows = [{"method": "dense", "phase": phase, "target": 1.0} | run(self.scope, self.task, None, size=self.size) for phase in phases]
-        self.say(describe(rows[0]))
+    def dense(self, phase: Phase) -> dict[str, Any]:
+        """The row of the model without a plan."""
+        return {"method": "dense", "phase": phase, "target": 1.0} | run(self.scope, self.task, None, size=self.size)
+
+    def table(
+        self,
+        methods: Sequence[str],
+        densities: Sequence[float],
+        phases: Sequence[Phase] = PHASES,
+        *,
+        keep: Path | None = None,
+        part: tuple[int, int] = (1, 1),
+    ) -> list[dict[str, Any]]:
+        """Dense first, then every method in every phase at every density, the smallest densities last.
+
+        `keep`: a folder where rows are written as they come and from which finished ones are taken; `part` (i, n): of the rows that are
+        not dense, every n-th from the i-th on, 1 <= i <= n, beside what the folder has.
+        """
+        first: list[Key] = [("dense", phase, 1.0) for phase in phases]
+        asked: list[Key] = [(method, phase, target) for target in sorted(densities, reverse=True) for method in methods for phase in phases]
+        rows = Rows(keep, f"{self.scope.name}: {self.task.data}", part[0])
+        dense: dict[str, Any] = {}
         with remembering():
-            for method in methods:
-                for phase in phases:
-                    for target in densities:
-                        rows.append(self.point(method, phase, target))
-                        self.say(describe(rows[-1]))
-        return rows
+            for key in [*first, *asked[part[0] - 1 :: part[1]]]:
+                if key in rows.found:
+                    continue
+                if key[0] != "dense":
+                    row = self.point(*key)
+                else:
+                    dense = dense or run(self.scope, self.task, None, size=self.size)
+                    row = {"method": "dense", "phase": key[1], "target": 1.0} | dense
+                rows.add(key, row)
+                self.say(describe(row))
+        order = [*first, *((method, phase, target) for method in methods for phase in phases for target in sorted(densities))]
+        return [rows.found[key] for key in order if key in rows.found]
 
 
-def describe(row: dict[str, Any]) -> str:
+Key = tuple[str, Phase, float]
+
+
+class Rows:
+    """Rows by (method, phase, target), kept in a folder as they come: one JSON object a line, a file per process."""
+
+    def __init__(self, folder: Path | None, title: str, part: int = 1) -> None:
+        self.title = title
+        self.found: dict[Key, dict[str, Any]] = {}
+        self._file = None if folder is None else folder / f"rows-{part}.jsonl"
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("rows-*.jsonl")):
+                self._read(path)
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a process that was killed
+                continue
+            if row.pop("of", None) == self.title:
+                self.found[row["method"], row["phase"], float(row["target"])] = row
+
+    def add(self, key: Key, row: dict[str, Any]) -> None:
+        """Keeps a row, on disk first."""
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"of": self.title} | row) + "\n")
+        self.found[key] = row
+
+
+def describe(row: Mapping[str, Any]) -> str:
     """One row in words."""
     head = f"{row['method']} {row['phase']} {row['target']:g}: "
     if "reason" in row:
-        return head + row["reason"]
-    values = [
-        f"{name} {row[name]:.4f}"
-        for name in ("density", "read", "cache", "code", "entry", "accuracy", "nll_prefill", "nll_decode")
-        if name in row
-    ]
-    return head + ", ".join(values)
+        return head + str(row["reason"])
+    names = ("density", "read", "cache", *KINDS, "accuracy", "nll_prefill", "nll_decode")
+    values = [f"{name} {row[name]:.4f}" for name in names if row.get(name) is not None]
+    return head + ", ".join(values) + f", n {row['n']}, {row['kernels']}"
 
 
 def causal_methods() -> list[str]:
@@ -325,45 +310,6 @@ def check_methods(methods: Iterable[str]) -> list[str]:
     return listed
 
 
-def probes_of(methods: Iterable[str]) -> list[str]:
-    """The probes that planners stand on: of alternatives the last, which is the one that a single pass can measure."""
-    from headscope.plans.planners import PLANNERS
-    from headscope.plans.planners.base import _probe_of
-
-    found: dict[str, None] = {}
-    for method in methods:
-        needs = PLANNERS[method].requires
-        if needs.metrics:
-            chosen = needs.metrics[-1] if method != "headkv" else needs.metrics[0]
-            found |= dict.fromkeys(_probe_of(name) for name in chosen)
-        found |= dict.fromkeys(table.partition(".")[0] for table in needs.tables)
-    return list(found)
-
-
-def evidence(scope: Scope, methods: Sequence[str], task: Task, say: Callable[[str], None] = lambda text: None) -> HeadProfile:
-    """A profile with what the methods stand on. A model of haystacks is shown a haystack where a probe reads any text."""
-    from headscope.probes.active import ActiveProbe
-    from headscope.probes.registry import REGISTRY
-    from headscope.profile.head_profile import HeadProfile
-
-    names = probes_of(methods)
-    say(f"measuring {', '.join(names) or 'block maps'}")
-    ids = None if task.perplexity else task.prompts[0][None]
-    over = [name for name in names if name in OVER_TEXT and ids is not None]
-    context = min(task.length, scope.max_length or task.length) if ids is None else ids.shape[1]
-    profile = scope.profile(["entropy", *(name for name in names if name not in over)], context=context, data=ids)
-    for name in over:
-        probe = REGISTRY[name]()
-        assert isinstance(probe, ActiveProbe)
-        found = probe.run(scope, ids)
-        table = profile.table.copy()
-        for metric, values in found.scores.items():
-            table[metric] = [float(values[profile.layers.index(int(one.layer)), int(one.head)]) for one in table.itertuples()]
-        tables = {**profile.tables, **{f"{name}.{part}": frame for part, frame in found.tables.items()}}
-        profile = HeadProfile(table, profile.card, profile._content, tables=tables)
-    return profile
-
-
 def bench(
     models: Sequence[str],
     methods: Sequence[str] | None,
@@ -373,7 +319,12 @@ def bench(
     length: int,
     count: int,
     batch: int = 4,
-    run_path: Any = None,
+    few: int | None = None,
+    kinds: Sequence[str] = ("code", "entry"),
+    texts: Path | None = None,
+    run_path: Path | None = None,
+    keep: Path | None = None,
+    part: tuple[int, int] = (1, 1),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The whole measurement, as plain data: {"results": [{model, task, rows}], ...}. PlanError for unknown methods, phases or densities."""
@@ -386,13 +337,21 @@ def bench(
     for one in densities:
         if not 0 < one <= 1:
             raise refusal(PlanError, f"density {one}", "it is a share", "use 0 < density <= 1")
+    if not 1 <= part[0] <= part[1]:
+        raise refusal(PlanError, f"part {part[0]}/{part[1]}", "parts count from 1", "use 1/4, 2/4, 3/4 and 4/4")
     results = []
     for name in models:
         scope = hs.load(name)
-        task = needle_task(length, count) if name == "bundled:needle" else text_task(scope, length, count)
-        found = evidence(scope, chosen, task, say) if run_path is None else hs.HeadProfile.load(run_path)
-        text = None if task.perplexity else str(scope.text_tokenizer.decode(task.prompts[0]))
-        rows = Bench(scope, task, found, text, batch, say).table(chosen, densities, [one for one in PHASES if one in phases])
+        haystacks = name == "bundled:needle"
+        task = needle_task(length, count, tuple(kinds)) if haystacks else text_task(scope, length, count, texts)
+        if run_path is None:
+            found = shown(scope, chosen, task, say)
+        else:
+            text = None if task.perplexity else str(scope.text_tokenizer.decode(shown_haystack(task.length)))
+            found = Shown(hs.HeadProfile.load(run_path), text)
+        made = Bench(scope, task, found, batch, few, say)
+        rows = made.table(chosen, densities, [one for one in PHASES if one in phases], keep=keep, part=part)
         device = torch.cuda.get_device_name() if scope.device.type == "cuda" else "cpu"
-        results.append({"model": name, "task": task.name, "length": length, "count": count, "device": device, "rows": rows})
+        about = {"model": name, "task": task.name, "data": task.data, "length": length, "count": count, "device": device}
+        results.append(about | {"rows": rows})
     return {"benchmark": "quality", "results": results}

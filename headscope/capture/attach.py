@@ -45,6 +45,7 @@ class Intervening(Protocol):
     def before(self, call: AttentionCall) -> AttentionCall: ...
     def after(self, call: AttentionCall, output: Tensor) -> Tensor: ...
     def wants_lse(self, call: AttentionCall) -> bool: ...
+    def passes_over(self, module: str) -> bool: ...
 
 
 class Executing(Protocol):
@@ -140,6 +141,10 @@ class Attachment:
         stages: tuple[tuple[Stage, str], ...] = (("intervention", "an intervention"), ("observer", "an observer"))
         found = [what for stage, what in stages if self._here(stage)]
         return " and ".join(found)
+
+    def interventions_here(self) -> list[Any]:
+        """This thread's interventions, bound to the model, the outermost first."""
+        return [actor.what for actor in self._here("intervention")]
 
     def executors_here(self) -> list[Any]:
         """This thread's executors, the innermost first."""
@@ -248,9 +253,13 @@ class Attachment:
                     "its forward() was called directly, past its hooks, so the positions of its tokens are unknown",
                     "call the module itself, or the model",
                 )
+            interventions = self._ordered()
+            if record.layer is None and not run.cross and self._passed_over(record.name, interventions):
+                run.calls += 1
+                run.rows_seen += host.query.shape[2]
+                return run_host(module, *args, **kwargs)
             call = self._read(host, module, run, state, function, name)
             edited = call
-            interventions = self._ordered()
             if interventions:
                 call.facts["tokens"] = self._tokens.ids(call, run, state)
             for actor in interventions:
@@ -292,6 +301,12 @@ class Attachment:
             return (changed, *result[1:]) if isinstance(result, tuple) else changed
 
         return served
+
+    def _passed_over(self, name: str, interventions: list[Actor]) -> bool:
+        """Whether nobody has anything to do with a side tower's module, so that its calls need not be read: its layers are small and many,
+        and the device waits for each."""
+        mine = bool(interventions) and all(actor.what.passes_over(name) for actor in interventions)
+        return mine and not self._here("executor") and not self._here("observer")
 
     def _read(self, host: HostCall, module: nn.Module, run: ModuleRun, state: ForwardState, function: Any, name: str) -> AttentionCall:
         """The AttentionCall of a host's call."""

@@ -84,7 +84,8 @@ def build_call(host: HostCall, module: nn.Module, run: ModuleRun, state: Forward
     reach = query_offset + rows - key_offset
     if causal and k.shape[2] > reach:  # unused room of a static cache
         k, v = k[:, :, :reach], v[:, :, :reach]
-    segments = _packed(host.kwargs, batch, rows, q.device, state) if k.shape[2] == rows and not run.cross else None
+    told = host.mask is not None or family == "flash"  # without a mask nothing asks for packed sequences, and looking waits for a GPU
+    segments = _packed(host.kwargs, batch, rows, q.device, state) if told and k.shape[2] == rows and not run.cross else None
     keys = k.shape[2]
     padding = state.encoder_padding(batch, keys) if run.cross else state.padding(batch, key_offset + keys)
     known = state.known_valid.get(run.cache) if run.cache is not None and not run.cross else None

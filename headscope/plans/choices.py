@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Keys chosen for the query heads `heads`: `columns` [B, h, C] int64 absolute positions, -1 where a head has fewer; and every key from
+    """Keys chosen for the query heads `heads`: `columns` [B, h, C] int32 absolute positions, -1 where a head has fewer; and every key from
     `since` [B, h] int64 on.
     """
 
@@ -40,12 +40,12 @@ class Choice:
     def of(cls, chosen: Sequence[Sequence[Chosen]], heads: Sequence[int], starts: Sequence[int], device: torch.device) -> Choice:
         """From [B][h] `Chosen` patterns, which count from the start of each text."""
         room = max(1, *(len(one.columns) for row in chosen for one in row))
-        columns = torch.full((len(chosen), len(heads), room), -1, dtype=torch.int64)
+        columns = torch.full((len(chosen), len(heads), room), -1, dtype=torch.int32)
         since = torch.zeros(len(chosen), len(heads), dtype=torch.int64)
         for b, row in enumerate(chosen):
             for h, one in enumerate(row):
                 inside = [at + starts[b] for at in one.columns if at < one.since]
-                columns[b, h, : len(inside)] = torch.tensor(inside, dtype=torch.int64)
+                columns[b, h, : len(inside)] = torch.tensor(inside, dtype=torch.int32)
                 since[b, h] = one.since + starts[b]
         return cls(tuple(heads), columns.to(device), since.to(device))
 
@@ -125,7 +125,7 @@ def choose_budgets(call: AttentionCall, heads: Sequence[int], patterns: Sequence
             mass = torch.nn.functional.avg_pool1d(mass[:, None], one.pool, 1, one.pool // 2)[:, 0, : len(s)]
         mass = mass.masked_fill(s < starts[:, 0] + one.sink, math.inf).masked_fill(outside, -math.inf)
         chosen = _largest(mass[:, None], [one.keep])[:, 0]
-        found[at], sinces[at] = torch.where(chosen < 0, -1, chosen + call.key_offset), since[:, 0]
+        found[at], sinces[at] = torch.where(chosen < 0, -1, chosen + call.key_offset).int(), since[:, 0]
     return _together(heads, found, sinces)
 
 
@@ -143,8 +143,8 @@ def choose_top_keys(call: AttentionCall, heads: Sequence[int], patterns: Sequenc
     """
     found: list[Tensor | None] = [None] * len(heads)
     sinces: list[Tensor | None] = [None] * len(heads)
-    for kind in dict.fromkeys((one.block, one.estimate) for one in patterns):
-        places = [at for at, one in enumerate(patterns) if (one.block, one.estimate) == kind]
+    for kind in dict.fromkeys((one.block, one.estimate, one.grouped) for one in patterns):
+        places = [at for at, one in enumerate(patterns) if (one.block, one.estimate, one.grouped) == kind]
         own, rules = [heads[at] for at in places], [patterns[at] for at in places]
         choose = _top_blocks if kind[0] > 1 else _top_single
         columns, since = choose(call, own, rules, StandIns() if stand_ins is None else stand_ins)
@@ -159,20 +159,26 @@ def _top_single(call: AttentionCall, heads: list[int], patterns: list[TopKeys], 
     s = torch.arange(call.k.shape[2], device=call.q.device) + call.key_offset
     sink, window = (_numbers(call, [getattr(one, name) for one in patterns]) for name in ("sink", "window"))
     since = starts.maximum(end - window[:, None]).clamp(min=0).expand(call.q.shape[0], -1, -1)
+    grouped = patterns[0].grouped
     if call.q.device.type == "cpu":
-        scores = _scores(call, 1, heads)[:, :, 0]
+        scores = _scores(call, 1, list(range(call.q.shape[1])) if grouped else heads)[:, :, 0]
     else:
         from headscope.kernels.sparse_decode_choose import key_scores
 
         scores = key_scores(call.q[:, :, -1], call.k, call.scale)
-        scores = scores if len(heads) == scores.shape[1] else scores[:, heads]
+        scores = scores if grouped or len(heads) == scores.shape[1] else scores[:, heads]
         if call.mask.key_valid is not None:
             scores = scores.masked_fill(~call.mask.key_valid[:, None], -math.inf)
         if call.mask.window is not None:
             scores = scores.masked_fill(s < end - call.mask.window, -math.inf)
+        if grouped and call.softcap is not None:  # in weights the cap counts; in the order of one head's scores it does not
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+    if grouped:
+        weights = torch.softmax(scores.masked_fill(s < starts, -math.inf), -1).unflatten(1, (-1, call.group)).mean(2)
+        scores = weights[:, [head // call.group for head in heads]]
     scores = scores.masked_fill(s < starts + sink[:, None], math.inf).masked_fill((s >= since) | (s < starts), -math.inf)
     chosen = _largest(scores, [one.keep for one in patterns])
-    return torch.where(chosen < 0, -1, chosen + call.key_offset), since[..., 0]
+    return torch.where(chosen < 0, -1, chosen + call.key_offset).int(), since[..., 0]
 
 
 def _top_blocks(call: AttentionCall, heads: list[int], patterns: list[TopKeys], stand_ins: StandIns) -> tuple[Tensor, Tensor]:
@@ -183,25 +189,30 @@ def _top_blocks(call: AttentionCall, heads: list[int], patterns: list[TopKeys], 
     count = ((end - starts - window).clamp(min=0) // size).expand(call.q.shape[0], -1)  # [B, h] whole blocks before the window
     most = max(1, max(0, end - min(one.window for one in patterns)) // size)
     stands = stand_ins.of(call, size, estimate, most)
-    q = call.q[:, :, -1]
-    if estimate == "bounds":
-        q = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
-    if call.q.device.type == "cpu":
-        group = call.group
-        scores = torch.stack([q[:, head].double()[:, None] @ stands[:, head // group].double().transpose(-1, -2) for head in heads], 1)[
-            :, :, 0
-        ]
+    scores = _stand_scores(call, stands, estimate == "bounds")
+    if patterns[0].grouped:
+        hidden = torch.arange(scores.shape[-1], device=scores.device) >= count[..., None]
+        members = scores.unflatten(1, (-1, call.group))[:, [head // call.group for head in heads]]
+        scores = torch.softmax(members.masked_fill(hidden[:, :, None], -math.inf), -1).mean(2)
     else:
-        from headscope.kernels.sparse_decode_choose import key_scores
-
-        scores = key_scores(q.to(stands.dtype).contiguous(), stands, call.scale)
-        scores = scores if len(heads) == scores.shape[1] else scores[:, heads]
+        scores = scores[:, heads]
     number = torch.arange(scores.shape[-1], device=scores.device)
     first = _numbers(call, [-(-one.sink // size) for one in patterns])
     scores = scores.masked_fill(number < first[:, None], math.inf).masked_fill(number >= count[..., None], -math.inf)
     chosen = _largest(scores, [max(1, one.keep // size) for one in patterns])
     keys = chosen[..., None] * size + torch.arange(size, device=chosen.device) + starts[:, :, None, None]
-    return torch.where(chosen[..., None] < 0, -1, keys).flatten(2), starts + count * size
+    return torch.where(chosen[..., None] < 0, -1, keys).int().flatten(2), starts + count * size
+
+
+def _stand_scores(call: AttentionCall, stands: Tensor, bounds: bool) -> Tensor:
+    """[B, Hq, n] scores of the last row with what stands for blocks, scaled."""
+    if call.q.device.type != "cpu":
+        from headscope.kernels.sparse_decode_select import stand_scores
+
+        return stand_scores(call.q[:, :, -1].to(stands.dtype), stands, stands.shape[2], call.scale, bounds)
+    q = call.q[:, :, -1].double()
+    q = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1) if bounds else q
+    return (q.unflatten(1, (-1, call.group)) @ stands.double().transpose(-1, -2)).flatten(1, 2) * call.scale
 
 
 def _numbers(call: AttentionCall, values: list[int]) -> Tensor:
@@ -234,7 +245,7 @@ class StandIns:
             return _stand_ins(torch.nn.functional.pad(call.k, (0, 0, 0, count * size - keys)), size, estimate)
         if held is None or held.shape[2] < count or held.shape[0] != call.k.shape[0]:
             wide = call.k.shape[3] * (2 if estimate == "bounds" else 1)
-            more = call.k.new_empty(*call.k.shape[:2], count + max(8, count // 16), wide)
+            more = call.k.new_empty(*call.k.shape[:2], count + max(8, count // 64), wide)
             if held is not None and held.shape[0] == call.k.shape[0]:
                 more[:, :, :done] = held[:, :, :done]
             else:
@@ -277,7 +288,7 @@ def lists_of(
     device = next(iter(choices.values()))[0].device
     heads = kv_heads * group
     most = max(columns.shape[1] for columns, _ in choices.values())
-    nobody = torch.full((batch, most), -1, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+    nobody = torch.full((batch, most), -1, dtype=torch.int32, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
     rows = [choices.get(head, nobody) for head in range(heads)]
     columns = torch.stack([_widened(one, most) for one, _ in rows], 1)
     since = torch.stack([one for _, one in rows], 1)
@@ -290,7 +301,7 @@ def lists_of(
         from headscope.kernels.sparse_decode_choose import lists_from
 
         return lists_from(columns, since, kv_heads, keys, origin, room, block)
-    at = torch.where((columns < origin) | (columns >= since[..., None]), keys, columns - origin)
+    at = torch.where((columns < origin) | (columns >= since[..., None]), keys, columns - origin).long()
     member = torch.zeros(batch, heads, keys + 1, dtype=torch.int32, device=device).scatter_(2, at, 1)[..., :keys]
     shift = torch.arange(group, dtype=torch.int32, device=device)
     bits = (member.unflatten(1, (kv_heads, group)) << shift[:, None]).sum(2, dtype=torch.int32)

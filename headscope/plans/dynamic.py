@@ -141,6 +141,9 @@ class TopKeys(Pattern):
 
     With `block` > 1 whole blocks of that many keys are chosen, without reading them, by an `estimate` from what stands for each: "bounds",
     the largest score that its smallest and largest coordinates allow (Quest, arXiv:2406.10774), or "mean", the score of its mean key.
+
+    `grouped`: the query heads of a key head choose together, by the mean of their weights (of the softmax of their estimates), so that a
+    step reads the keys of one choice and not of their union.
     """
 
     keep: int
@@ -151,6 +154,7 @@ class TopKeys(Pattern):
     full: bool = False
     block: int = 1
     estimate: Literal["exact", "bounds", "mean"] = "exact"
+    grouped: bool = False
     kind = "top_keys"
     static = False
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.errors import PlanError, refusal
 from headscope.plans.dynamic_rules import Choosing, OneHead, tile_means
 from headscope.plans.patterns import BLOCK, Pattern
+from headscope.plans.remembered import Newest
 
 if TYPE_CHECKING:
     from headscope.call import AttentionCall
@@ -97,10 +98,18 @@ class Stripes(Choosing):
 
     def choose(self, call: AttentionCall, head: int) -> GroupColumns:
         """The columns for one head of a call of one sequence. Time O(N block step + N^2 / block), memory O((block step)^2)."""
+        groups = _newest.of(call, (head, self.block, self.step), lambda: self._gaps(call, head))
+        columns = tuple(() if gap is None else tuple((gap[0][gap[1] >= -self.theta]).tolist()) for gap in groups)
+        return GroupColumns(columns, self.block, self.step)
+
+    def _gaps(self, call: AttentionCall, head: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Per group of rows (keys between the first tile and the group, how many nats each comes above an anchor at most); None for groups
+        before the call's rows.
+        """
         one = OneHead.of(call, head, self.block)
         size, width, end = self.block, self.block * self.step, one.origin + len(one.q)
         at = torch.arange(end, device=one.k.device)
-        groups: list[tuple[int, ...]] = [()] * (one.origin // width)
+        groups: list[tuple[Tensor, Tensor] | None] = [None] * (one.origin // width)
         for begin in range(one.origin // width * width, end, width):
             low, high = max(begin, one.origin), min(begin + width, end)
             q = one.q[low - one.origin : high - one.origin]
@@ -108,6 +117,9 @@ class Stripes(Choosing):
             scores = (q @ one.k[near].T * one.scale).masked_fill(near > at[low:high, None], -torch.inf)
             anchors = tile_means(scores.amax(-1)[:, None], size)
             between = at[min(size, begin) : begin]
-            close = tile_means(q, size) @ one.k[between].T * one.scale + self.theta >= anchors
-            groups.append(tuple(between[close.any(0)].tolist()))
-        return GroupColumns(tuple(groups), size, self.step)
+            above = tile_means(q, size) @ one.k[between].T * one.scale - anchors
+            groups.append((between.cpu(), above.amax(0).cpu()))
+        return groups
+
+
+_newest: Newest[list[tuple[Tensor, Tensor] | None]] = Newest()

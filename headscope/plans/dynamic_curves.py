@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from headscope.errors import PlanError, refusal
-from headscope.plans.patterns import Pattern
+from headscope.plans.patterns import Blocks, Dense, Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from headscope.plans.planners.base import Evidence
     from headscope.scope import Scope
 
-LONGEST = 2048
-"""Tokens of the text that a dial is set on."""
+LONGEST, LONGEST_ON_DEVICE = 2048, 8192
+"""Tokens of the text that a dial is set on, at most: on a CPU, and elsewhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,30 +50,57 @@ class Curves:
 def curves(scope: Scope, candidates: Sequence[Pattern], ids: Tensor, *, mass: bool = True) -> Curves:
     """One forward pass over ids [N], with every head's choice by every candidate. Time: candidates x N^2 per head with `mass`."""
     from headscope.plans.indices import choose
-    from headscope.plans.patterns import Dense
-    from headscope.probes.calls import each_call, row_chunks, weight_rows
+    from headscope.probes.calls import each_call
 
     length = len(ids)
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def see(call: AttentionCall, output: Tensor) -> None:
         heads = call.q.shape[1]
-        chosen = [[choose(call, head, pattern) for head in range(heads)] for pattern in candidates]
-        kept = np.array([[one.density(length) for one in row] for row in chosen])
-        held = torch.zeros(len(candidates), heads, dtype=torch.float64)
-        for start, stop in row_chunks(length) if mass else ():
-            weights = weight_rows(call, start, stop)[0].cpu()
-            rows, keys = torch.arange(start, stop), torch.arange(length)
-            for number, row in enumerate(chosen):
-                for head, one in enumerate(row):
-                    seen = weights[head] if isinstance(one, Dense) else weights[head] * one.visible(rows, keys)
-                    held[number, head] += seen.sum().double()
-        found[int(call.layer or 0)] = (kept, held.numpy() / length if mass else np.full_like(kept, np.nan))
+        chosen = [[choose(call, head, pattern) for pattern in candidates] for head in range(heads)]
+        kept = np.array([[chosen[head][number].density(length) for head in range(heads)] for number in range(len(candidates))])
+        found[int(call.layer or 0)] = (kept, held(call, chosen) / length if mass else np.full_like(kept, np.nan))
 
     each_call(scope, ids, see)
     layers = [found[layer] for layer in scope.topology.layers]
     places = tuple((layer, head) for layer in scope.topology.layers for head in range(scope.topology[layer].heads))
     return Curves(places, np.concatenate([one[0] for one in layers], 1), np.concatenate([one[1] for one in layers], 1), length)
+
+
+def held(call: AttentionCall, chosen: Sequence[Sequence[Pattern]]) -> np.ndarray:
+    """[candidates, heads] float64: the attention weight, summed over the rows, that chosen[head][candidate] keeps, in a call of one text.
+
+    Choices of whole tiles of one size are looked up in the tiles' masses; others are masked entry by entry, N^2 each.
+    """
+    from headscope.probes.calls import ROWS, row_chunks, weight_rows
+
+    length = call.q.shape[2]
+    out = np.zeros((len(chosen[0]), len(chosen)))
+    sizes = {one.block for row in chosen for one in row if isinstance(one, Blocks)}
+    tiled = len(sizes) == 1 and ROWS % max(sizes) == 0 and all(isinstance(one, Blocks | Dense) for row in chosen for one in row)
+    size = max(sizes) if tiled else 1
+    count = -(-length // size)
+    masses = torch.zeros(len(chosen), count, count, dtype=torch.float64) if tiled else None
+    for start, stop in row_chunks(length):
+        weights = weight_rows(call, start, stop)[0]
+        if masses is not None:
+            whole = torch.nn.functional.pad(weights, (0, count * size - length, 0, -(stop - start) % size))
+            sums = whole.unflatten(2, (count, size)).unflatten(1, (-1, size)).sum((2, 4), dtype=torch.float64)
+            masses[:, start // size : start // size + sums.shape[1]] = sums.cpu()
+            continue
+        rows, keys = torch.arange(start, stop), torch.arange(length)
+        weights = weights.cpu()
+        for head, row in enumerate(chosen):
+            for number, one in enumerate(row):
+                seen = weights[head] if isinstance(one, Dense) else weights[head] * one.visible(rows, keys)
+                out[number, head] += float(seen.sum().double())
+    if masses is not None:
+        for head, row in enumerate(chosen):
+            for number, one in enumerate(row):
+                tiles = [(tile, at) for tile in range(count) for at in one.row(tile)] if isinstance(one, Blocks) else None
+                kept = masses[head] if tiles is None else masses[head][tuple(torch.tensor(tiles).T)]
+                out[number, head] = float(kept.sum())
+    return out
 
 
 def curves_of(evidence: Evidence, candidates: Sequence[Pattern], text: str | None, *, mass: bool = True) -> Curves:
@@ -104,10 +131,11 @@ def remembering() -> Iterator[None]:
 
 
 def calibration_ids(scope: Scope, length: int, text: str | None) -> Tensor:
-    """Ids [N] of the text that a dial is set on, at most LONGEST and `length` of them."""
+    """Ids [N] of the text that a dial is set on, at most `length` of them and LONGEST (on a device, LONGEST_ON_DEVICE)."""
     from headscope.data import natural_texts
 
-    limit = min(LONGEST, length, scope.max_length or LONGEST)
+    most = LONGEST if scope.device.type == "cpu" else LONGEST_ON_DEVICE
+    limit = min(most, length, scope.max_length or most)
     if text is not None:
         ids = scope.encode(text)[0][:limit].cpu()
         if len(ids) < 2:

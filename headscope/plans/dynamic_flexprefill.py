@@ -10,6 +10,7 @@ import torch
 from headscope.errors import PlanError, refusal
 from headscope.plans.dynamic_rules import Choosing, OneHead, fewest, largest, tile_means, tile_sums
 from headscope.plans.patterns import BLOCK, Blocks
+from headscope.plans.remembered import Newest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,34 +48,55 @@ class FlexBlocks(Choosing):
 
     def choose(self, call: AttentionCall, head: int) -> Blocks:
         """The tiles for one head of a call of one sequence. Time O(N^2 / block^2 + N block)."""
-        from headscope.plans.indices import last_weights
-
-        one, size = OneHead.of(call, head, self.block), self.block
-        rows, first_row = last_weights(call, head, size)
-        keys = tile_means(one.k, size)
-        count, first = len(keys), one.origin // size
-        distances = torch.zeros(rows.shape[1], dtype=rows.dtype)
-        for place, row in enumerate(rows):
-            distances[: first_row + place + 1] += row[: first_row + place + 1].flip(0)
-        columns, diagonals = rows.mean(0), distances / len(rows)
-        estimate = torch.softmax(one.q[-len(rows) :].mean(0) @ keys.T * one.scale, -1).cpu()
-        masses = tile_sums(columns, size)
-        aware = root_divergence(estimate, masses / masses.sum()) < self.tau
+        seen, size = _newest.of(call, (head, self.block), lambda: _Seen.of(call, head, self.block)), self.block
+        count, first = len(seen.masses), seen.first
+        aware = root_divergence(seen.estimate, seen.masses / seen.masses.sum()) < self.tau
         budgets = [
             self.least if aware else min(max(int(fewest(part, self.gamma).sum()) // size + 1, self.least), count)
-            for part in (columns, diagonals)
+            for part in (seen.columns, seen.diagonals)
         ]
-        column, diagonal = largest(masses, budgets[0]), largest(tile_sums(diagonals, size), budgets[1])
+        column, diagonal = largest(seen.masses, budgets[0]), largest(tile_sums(seen.diagonals, size), budgets[1])
         column[0] = diagonal[0] = True
         behind = torch.arange(first, count)[:, None] - torch.arange(count)
         chosen = column[None, :] | diagonal[behind.clamp_min(0)]
         if aware:
-            scores = (tile_means(one.q, size) @ keys.T * one.scale).cpu()
-            weights = torch.softmax(scores.masked_fill(behind < 0, -torch.inf), -1)
+            weights = torch.softmax(seen.scores.masked_fill(behind < 0, -torch.inf), -1)
             chosen |= fewest(weights.flatten(), self.gamma).view_as(chosen)
         chosen &= behind >= 0
         listed = [tuple(row.nonzero().flatten().tolist()) for row in chosen]
         return Blocks((*(tuple(range(tile + 1)) for tile in range(first)), *listed), size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is read of a head before anything is chosen: weight per key and per distance of the last rows, per tile of keys (`masses`) and
+    as tile means estimate it, and the scores of tile means; `first`: the number of the first row tile.
+    """
+
+    columns: Tensor
+    diagonals: Tensor
+    masses: Tensor
+    estimate: Tensor
+    scores: Tensor
+    first: int
+
+    @classmethod
+    def of(cls, call: AttentionCall, head: int, size: int) -> _Seen:
+        from headscope.plans.indices import last_weights
+
+        one = OneHead.of(call, head, size)
+        rows, first_row = last_weights(call, head, size)
+        keys = tile_means(one.k, size)
+        distances = torch.zeros(rows.shape[1], dtype=rows.dtype)
+        for place, row in enumerate(rows):
+            distances[: first_row + place + 1] += row[: first_row + place + 1].flip(0)
+        columns = rows.mean(0)
+        estimate = torch.softmax(one.q[-len(rows) :].mean(0) @ keys.T * one.scale, -1).cpu()
+        scores = (tile_means(one.q, size) @ keys.T * one.scale).cpu()
+        return cls(columns, distances / len(rows), tile_sums(columns, size), estimate, scores, one.origin // size)
+
+
+_newest: Newest[_Seen] = Newest()
 
 
 def root_divergence(p: Tensor, q: Tensor) -> float:

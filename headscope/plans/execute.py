@@ -16,7 +16,7 @@ and interventions would see those few keys and take them for all, so they are re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -28,13 +28,14 @@ from headscope.errors import PlanError, refusal, unknown_name
 from headscope.kernels.sparse_blocked import blocked_sparse_attention
 from headscope.kernels.sparse_decode_call import decode_worth_it
 from headscope.kernels.sparse_dispatch import sparse_attention, sparse_backend, worth_it
+from headscope.kernels.sparse_lists import forget as forget_lists
 from headscope.plans.cache import FreeCache, FreeLayer
 from headscope.plans.cache_store import LayerStore, joined, subcalls, with_sums
 from headscope.plans.choices import Choice, choose_budgets
-from headscope.plans.compensation import compensates
 from headscope.plans.dynamic import Budget, TopKeys
-from headscope.plans.execute_checks import as_chosen, phase, refuse_holes, refuse_unfreeable
-from headscope.plans.execute_decode import Memory, call_step, choose_due, refuses, store_step
+from headscope.plans.execute_checks import as_chosen, refuse_holes, refuse_unfreeable
+from headscope.plans.execute_decode import Keys, Memory, call_step, choose_due, picked, refuses, store_step
+from headscope.plans.execute_heads import Heads
 from headscope.plans.execute_steps import StepExecutor
 from headscope.plans.indices import choose, element
 from headscope.plans.patterns import Dense, Pattern
@@ -91,11 +92,13 @@ class PlanExecutor:
     _make: Callable[[], FreeCache] | None = None
 
     def __post_init__(self) -> None:
-        self._layers: dict[int, list[Pattern]] = {}
+        layers: dict[int, list[Pattern]] = {}
         for (layer, _), pattern in self.plan.patterns.items():
             # a layer with a window of its own has no far keys to choose from
             own = Dense() if self.windows.get(layer) is not None and isinstance(pattern, Budget | TopKeys) else pattern
-            self._layers.setdefault(layer, []).append(own)
+            layers.setdefault(layer, []).append(own)
+        alike: dict[tuple[Pattern, ...], Heads] = {}
+        self._layers = {layer: alike.setdefault(tuple(own), Heads(own)) for layer, own in layers.items()}
 
     # ---- caches -------------------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class PlanExecutor:
         if patterns is None or call.is_cross:
             return None
         if not call.mask.causal:
-            return self.steps.execute(call, patterns, self.report)
+            return self.steps.execute(call, list(patterns), self.report)
         layer = int(call.layer or 0)
         if call.query_offset == 0:
             self._state[layer] = _LayerState()
@@ -160,25 +163,25 @@ class PlanExecutor:
             return self._with_store(call, patterns, state, free)
         return self._with_call(call, patterns, state)
 
-    def _with_call(self, call: AttentionCall, patterns: list[Pattern], state: _LayerState) -> Tensor | None:
+    def _with_call(self, call: AttentionCall, patterns: Heads, state: _LayerState) -> Tensor | None:
         """A call that holds all keys its rows may see."""
         decode = self._enters(call, patterns, state)
-        now = [phase(pattern, decode) for pattern in patterns]
-        longest = call.k.shape[2] + call.key_offset
-        if all(pattern.static and pattern.kept(longest) >= longest * (longest + 1) / 2 for pattern in set(now)):
+        now = patterns.decode if decode else patterns.prefill
+        if not now.drop_at(call.k.shape[2] + call.key_offset):
             self._left("the plan drops nothing at this length")
             return None
-        if decode and any(compensates(pattern) or (isinstance(pattern, TopKeys) and pattern.refresh > 1) for pattern in now):
+        if decode and now.holding:
             self._refuse_moved(call, state)
         if decode and on_device(call) and not refuses(call, now):
-            why = decode_worth_it(call, now) if self.fallback and all(pattern.static for pattern in now) else ""
+            why = decode_worth_it(call, now) if self.fallback and now.static else ""
             if why:
                 self._left(why)
                 return None
             choose_due(call, now, state.memory, state.step)
             self._counted(now, "decode")
-            return call_step(call, now, self._seen(now, state), state.memory)
-        if not decode or all(pattern.static for pattern in now):
+            made = picked(now, state.memory, self._memory)
+            return call_step(call, now, {} if made else self._seen(now, state), state.memory, made)
+        if not decode or now.static:
             why = worth_it(call, now) if self.fallback else ""
             if why:
                 self._left(why)
@@ -187,6 +190,10 @@ class PlanExecutor:
             return sparse_attention(call, now)[0]
         self._counted(now, "blocked")
         return torch.cat([self._element(element(call, b), b, now, state) for b in range(call.q.shape[0])])
+
+    def _memory(self, layer: int) -> Memory:
+        """What a layer's heads chose."""
+        return self._state[layer].memory
 
     def _refuse_moved(self, call: AttentionCall, state: _LayerState) -> None:
         """Keys chosen some steps ago belong to their sequence: in a cache that beam search reorders they would be another's."""
@@ -200,16 +207,15 @@ class PlanExecutor:
             )
         state.tail = call.k[:, :, -1].clone()
 
-    def _enters(self, call: AttentionCall, patterns: list[Pattern], state: _LayerState) -> bool:
+    def _enters(self, call: AttentionCall, patterns: Heads, state: _LayerState) -> bool:
         """Whether a call is a decode step; budgets choose at the end of what is none."""
         decode = call.q.shape[2] == 1 and call.query_offset > 0
         state.step = state.step + 1 if decode else 0
-        heads = [head for head, pattern in enumerate(patterns) if isinstance(pattern, Budget)]
-        if heads and not decode:
-            self._choose_budgets(call, patterns, heads, heads, state)
+        if patterns.budgets and not decode:
+            self._choose_budgets(call, patterns, patterns.budgets, patterns.budgets, state)
         return decode
 
-    def _choose_budgets(self, call: AttentionCall, patterns: list[Pattern], at: list[int], heads: list[int], state: _LayerState) -> None:
+    def _choose_budgets(self, call: AttentionCall, patterns: Heads, at: Sequence[int], heads: Sequence[int], state: _LayerState) -> None:
         """`at`: the heads' numbers in the call, `heads`: in the layer."""
         own = [pattern for pattern in (patterns[head] for head in heads) if isinstance(pattern, Budget)]
         if on_device(call):
@@ -221,16 +227,17 @@ class PlanExecutor:
             for place, head, pattern in zip(at, heads, own, strict=True):
                 state.chosen[b, head] = choose(one, place, pattern)
 
-    def _seen(self, patterns: list[Pattern], state: _LayerState) -> dict[int, tuple[Tensor, Tensor]]:
+    def _seen(self, patterns: Heads, state: _LayerState) -> Keys:
         """What each head with chosen keys sees, its own choice or another layer's."""
-        out = dict(state.memory.keys)
-        for head, one in enumerate(patterns):
-            if isinstance(one, TopKeys) and one.source is not None:
-                layer, other = one.source
-                out[head] = self._state[layer].memory.keys[other]
+        out: Keys = {}
+        for head in patterns.listed:
+            source = getattr(patterns[head], "source", None)
+            memory, own = (state.memory, head) if source is None else (self._memory(source[0]), source[1])
+            if memory.chose(own):  # the keys of a compressed budget lie in the store
+                out[head] = memory.row(own)
         return out
 
-    def _element(self, call: AttentionCall, b: int, patterns: list[Pattern], state: _LayerState) -> Tensor:
+    def _element(self, call: AttentionCall, b: int, patterns: Heads, state: _LayerState) -> Tensor:
         """One sequence of a call whose keys are chosen per input."""
         chosen = [self._chosen(call, b, head, head, pattern, state) for head, pattern in enumerate(patterns)]
         return blocked_sparse_attention(call, chosen)[0]
@@ -253,15 +260,15 @@ class PlanExecutor:
         self.report["host"] += 1
         self.reasons[why] += 1
 
-    def _counted(self, now: list[Pattern], backend: str) -> None:
-        dense = sum(isinstance(pattern, Dense) for pattern in now)
-        self.report["dense"] += dense
-        self.report["sparse"] += len(now) - dense
-        self.ran[backend] += 1
+    def _counted(self, now: Heads, backend: str = "") -> None:
+        self.report["dense"] += now.dense
+        self.report["sparse"] += len(now) - now.dense
+        if backend:
+            self.ran[backend] += 1
 
     # ---- freeing caches -----------------------------------------------------------------------------------------
 
-    def _with_store(self, call: AttentionCall, patterns: list[Pattern], state: _LayerState, layer: FreeLayer) -> Tensor | None:
+    def _with_store(self, call: AttentionCall, patterns: Heads, state: _LayerState, layer: FreeLayer) -> Tensor | None:
         """A call whose older keys lie in a freeing cache."""
         what = self.watching()
         if what:
@@ -285,14 +292,14 @@ class PlanExecutor:
         layer.waiting = None
         return output
 
-    def _later(
-        self, call: AttentionCall, patterns: list[Pattern], state: _LayerState, store: LayerStore, new: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _later(self, call: AttentionCall, patterns: Heads, state: _LayerState, store: LayerStore, new: tuple[Tensor, Tensor]) -> Tensor:
         """A chunk or a decode step over a store."""
         decode = call.q.shape[2] == 1
         state.step = state.step + 1 if decode else 0
-        now = [phase(pattern, decode) for pattern in patterns]
+        now = patterns.decode if decode else patterns.prefill
         if decode:
+            if state.step == 1:
+                forget_lists()
             self._compress(store, patterns, state)
         elif store.tails:
             raise refusal(
@@ -304,11 +311,11 @@ class PlanExecutor:
         store.append_lasting(*new, store.starts)
         if decode and on_device(call) and not refuses(call, now, stored=True):
             store.append_passing(*new)
-            if any(isinstance(one, TopKeys) and one.source is None for one in now):
-                for heads, one in store.full_calls(call):
-                    choose_due(one, [now[head] for head in heads], state.memory, state.step, heads)
+            for heads, one in store.full_calls(call) if now.choosing else ():
+                choose_due(one, now.part(tuple(heads)), state.memory, state.step, heads, len(now))
             self._counted(now, "decode")
-            return store_step(call, now, store, self._seen(now, state), state.memory)
+            made = picked(now, state.memory, self._memory)
+            return store_step(call, now, store, {} if made else self._seen(now, state), state.memory, made)
         if decode:
             store.append_passing(*new)
             return self._by_parts(call, patterns, now, state, store)
@@ -316,7 +323,7 @@ class PlanExecutor:
         store.append_passing(*new)  # a chunk's first rows still see what its last ones push out
         return output
 
-    def _by_parts(self, call: AttentionCall, patterns: list[Pattern], now: list[Pattern], state: _LayerState, store: LayerStore) -> Tensor:
+    def _by_parts(self, call: AttentionCall, patterns: Heads, now: Heads, state: _LayerState, store: LayerStore) -> Tensor:
         """The same as ordinary calls over the parts of the store, sequence by sequence."""
         batch, heads, rows, _ = call.q.shape
         assert call.v is not None
@@ -338,14 +345,12 @@ class PlanExecutor:
                 output, total = joined(parts, sinks)
                 out[b, rows - output.shape[1] :, list(own_heads)] = output[0].to(out.dtype)
                 lse[b, list(own_heads), rows - output.shape[1] :] = total[0].to(lse.dtype)
-        dense = sum(isinstance(pattern, Dense) for pattern in now)
-        self.report["dense"] += dense
-        self.report["sparse"] += len(now) - dense
+        self._counted(now)
         return with_sums(store, call, out, lse)[0] if rows == 1 else out
 
-    def _compress(self, store: LayerStore, patterns: list[Pattern], state: _LayerState) -> None:
+    def _compress(self, store: LayerStore, patterns: Heads, state: _LayerState) -> None:
         """At the first decode step: drop what the budgets leave out."""
-        heads = [head for head, one in enumerate(patterns) if isinstance(one, Budget)]
+        heads = patterns.budgets
         if state.step != 1 or not heads or store.tails:
             return
         chosen = {head: state.memory.keys[head] for head in heads if head in state.memory.keys}

@@ -6,7 +6,7 @@ plan costs two kernels and no look at the device, unless its rule says that keys
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,12 +16,15 @@ import torch
 from headscope.call import MaskFacts
 from headscope.kernels.sparse_decode_call import decode_refuses, launched, rules_and_lists, visits
 from headscope.kernels.sparse_decode_host import NEVER, KeyLists, Places
+from headscope.plans.cache_far import Far
 from headscope.plans.cache_parts import Full, Kept, Ring
 from headscope.plans.cache_store import with_sums
 from headscope.plans.choices import Choice, StandIns, choose_top_keys, lists_of
-from headscope.plans.compensation import Sums, compensates, uncompensated, with_dropped
-from headscope.plans.dynamic import Budget, TopKeys
-from headscope.plans.patterns import Dense, Pattern, Streaming
+from headscope.plans.compensation import Sums, with_dropped
+from headscope.plans.dynamic import TopKeys
+from headscope.plans.execute_heads import Heads
+from headscope.plans.execute_pick import Pick, pick, pickable, spread
+from headscope.plans.patterns import Dense, Pattern, Span, Streaming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +42,25 @@ class Memory:
 
     keys: Keys = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=StandIns)
-    sums: dict[tuple[int, int], Sums] = field(default_factory=dict)
+    sums: dict[Pattern, Sums] = field(default_factory=dict)
     made: tuple[list[object], KeyLists, Tensor] | None = None
+    pick: Pick | None = None
+
+    def chose(self, head: int) -> bool:
+        """Whether a head has a choice."""
+        return head in self.keys or (self.pick is not None and head in self.pick.heads)
+
+    def row(self, head: int) -> tuple[Tensor, Tensor]:
+        """(columns, since) of one head."""
+        if head not in self.keys and self.pick is not None:
+            return self.pick.row(head)
+        return self.keys[head]
 
     def take(self, choice: Choice) -> None:
         """A new choice for some heads."""
+        if self.pick is not None and any(head in self.pick.heads for head in choice.heads):
+            self.keys.update({head: self.pick.row(head) for head in self.pick.heads})
+            self.pick = None
         for head in choice.heads:
             self.keys[head] = choice.row(head)
 
@@ -51,70 +68,120 @@ class Memory:
         """The sequences of these numbers."""
         self.keys = {head: (one[index.to(one.device)], since[index.to(since.device)]) for head, (one, since) in self.keys.items()}
         self.stand_ins.kept.clear()
-        self.sums.clear()
+        self.made = None
+        self.pick = None if self.pick is None else self.pick.select(index)
+        for sums in self.sums.values():
+            sums.select(index)
 
 
-def refuses(call: AttentionCall, patterns: Sequence[Pattern], stored: bool = False) -> str:
+def refuses(call: AttentionCall, patterns: Heads, stored: bool = False) -> str:
     """ "" when a step can run here, else why not: `decode_refuses`, with the keys of dynamic patterns taken as chosen. `stored`:
     the older keys are in a store.
     """
-    if any(compensates(one) for one in patterns) and ((call.key_offset and not stored) or call.q.shape[2] > 1):
+    if patterns.compensating and ((call.key_offset and not stored) or call.q.shape[2] > 1):
         return "compensation keys of a cache that lost its first keys"
-    return decode_refuses(call, [Dense() if isinstance(one, Budget | TopKeys) else uncompensated(one) for one in patterns])
+    return decode_refuses(call, patterns.rules.distinct)
 
 
-def choose_due(call: AttentionCall, patterns: Sequence[Pattern], memory: Memory, step: int, heads: Sequence[int] | None = None) -> None:
-    """Let the heads whose turn it is choose among the call's keys. `heads`: numbers in the layer of the call's heads."""
-    numbers = range(len(patterns)) if heads is None else heads
-    turns: list[tuple[int, int, TopKeys]] = [
-        (at, head, one)
-        for at, (head, one) in enumerate(zip(numbers, patterns, strict=True))
-        if isinstance(one, TopKeys) and one.source is None and (head not in memory.keys or (step - 1) % one.refresh == 0)
-    ]
-    if turns:
+def choose_due(call: AttentionCall, patterns: Heads, memory: Memory, step: int, heads: Sequence[int] = (), total: int = 0) -> None:
+    """Let the heads whose turn it is choose among the call's keys. `heads`: numbers in the layer, of `total`, of the call's heads; none
+    where the call has them all.
+    """
+    numbers = heads or range(len(patterns))
+    turns: list[tuple[int, int, TopKeys]] = []
+    for at in patterns.choosing:
+        one, head = patterns[at], numbers[at]
+        if isinstance(one, TopKeys) and (not memory.chose(head) or (step - 1) % one.refresh == 0):
+            turns.append((at, head, one))
+    if turns and len(turns) == len(patterns.choosing) and pickable(call, patterns):
+        memory.pick = spread(pick(call, patterns, memory.stand_ins), numbers, total or len(patterns))
+        for _, head, _ in turns:
+            memory.keys.pop(head, None)
+    elif turns:
         found = choose_top_keys(call, [at for at, _, _ in turns], [one for _, _, one in turns], memory.stand_ins)
         memory.take(Choice(tuple(head for _, head, _ in turns), found.columns, found.since))
 
 
-def call_step(call: AttentionCall, patterns: Sequence[Pattern], chosen: Keys, memory: Memory) -> Tensor:
+def picked(patterns: Heads, memory: Memory, other: Callable[[int], Memory]) -> Pick | None:
+    """The pick that says what all listed heads of a layer see: the layer's own, or that of the layer whose keys they take over, head by
+    head; None where they see different choices or something else lies in lists. `other`: a layer's memory.
+    """
+    if not patterns.listed or not patterns.only_ranges:
+        return None
+    sources = patterns.sources
+    if sources is None:
+        return None
+    made = memory.pick if sources < 0 else other(sources).pick
+    return made if made is not None and set(patterns.listed) <= set(made.heads) and _none_else(made, patterns) else None
+
+
+def _none_else(made: Pick, patterns: Heads) -> bool:
+    """Whether the heads that chose beside the listed ones see every key anyway; lists would let them see more than their patterns."""
+    return all(isinstance(patterns.rules[head], Dense) for head in made.heads if head not in patterns.listed)
+
+
+def call_step(call: AttentionCall, patterns: Heads, chosen: Keys, memory: Memory, made: Pick | None = None) -> Tensor:
     """[B, n, Hq, Dv] of a decode step over the call's own keys. `chosen`: what each head with a dynamic pattern sees, perhaps chosen by
-    another layer; `memory`: where this layer's lists are kept.
+    another layer; `made`: the same in lists; `memory`: where this layer's lists are kept.
     """
     assert call.v is not None
-    listed = [head for head, one in enumerate(patterns) if _is_listed(one)]
-    fixed = tuple(_fixed(one) for one in patterns)
-    rules, lists = rules_and_lists(call, fixed)
-    keys = visits(fixed, call.k.shape[2], call.group)
-    if listed:
-        own = {head: chosen[head] for head in listed}
-        rules, lists, keys = _with_chosen(call, own, rules, lists, keys, memory, _common_block(call, patterns, listed))
-    output, lse = launched(call, Places.of(call.k, call.v), rules, lists, keys)
-    return _compensated(call, list(enumerate(patterns)), output, lse, call.k, call.v, call.first_token, memory)[0]
+    rules, lists = rules_and_lists(call, patterns.rules, bool(patterns.listed))
+    keys = visits(patterns.rules, call.k.shape[2], call.group)
+    rules, lists, keys = _all_chosen(call, patterns, patterns.listed, chosen, made, rules, lists, keys, memory)
+    output, lse = launched(call, Places.of(call.k, call.v), rules, lists, keys, _ranged(made, lists, patterns))
+    if patterns.compensating:
+        output, lse = _compensated(call, list(enumerate(patterns)), output, lse, call.k, call.v, call.first_token, memory)
+    return output
 
 
-def store_step(call: AttentionCall, patterns: Sequence[Pattern], store: LayerStore, chosen: Keys, memory: Memory) -> Tensor:
+def store_step(call: AttentionCall, patterns: Heads, store: LayerStore, chosen: Keys, memory: Memory, made: Pick | None = None) -> Tensor:
     """The same over the parts of a freeing cache, which has the call's new keys already."""
     whole = replace(call, key_offset=0, mask=MaskFacts(causal=True, window=call.mask.window))
-    tails = store.tails
-    # the first keys of a streaming head in a compressed group are in that group's list
-    fixed = tuple(
-        Streaming(0, one.window) if isinstance(one, Streaming) and store.compressed(head) else _fixed(one)
-        for head, one in enumerate(patterns)
-    )
-    rules, lists = rules_and_lists(whole, fixed)
-    if tails:
-        mask, rows = _tail_rules(tuple(sorted(tails.items())), len(patterns), call.q.device)
-        rules, lists = torch.where(mask, rows, rules), _merged(store.lists(), lists)
+    fixed, rows = store.rules(patterns.rules)
+    own = store.lists()
+    rules, lists = rules_and_lists(whole, fixed, own is not None or bool(patterns.listed))
+    if rows is not None:
+        rules = torch.where(rows[0], rows[1], rules)
+    if own is not None:
+        lists = _merged(own, lists)
     keys = _store_visits(store, fixed)
-    listed = {head: chosen[head] for head, one in enumerate(patterns) if _is_listed(one) and head not in tails}
-    if listed:
-        rules, lists, keys = _with_chosen(whole, listed, rules, lists, keys, memory, _common_block(whole, patterns, list(listed)))
-    output, lse = with_sums(store, call, *launched(whole, store.places(), rules, lists, keys))
-    for heads, one in store.full_calls(call):
-        assert one.v is not None
-        mine = [(head, patterns[head]) for head in heads]
-        output, lse = _compensated(call, mine, output, lse, one.k, one.v, store.starts, memory)
+    tails = store.tails
+    listed = tuple(head for head in patterns.listed if head not in tails) if tails else patterns.listed
+    rules, lists, keys = _all_chosen(whole, patterns, listed, chosen, made, rules, lists, keys, memory)
+    output, lse = with_sums(store, call, *launched(whole, store.places(), rules, lists, keys, _ranged(made, lists, patterns)))
+    if patterns.compensating:
+        for heads, one in store.full_calls(call):
+            assert one.v is not None
+            mine = [(head, patterns[head]) for head in heads]
+            output, lse = _compensated(call, mine, output, lse, one.k, one.v, store.starts, memory)
     return output
+
+
+def _ranged(made: Pick | None, lists: KeyLists | None, patterns: Heads) -> bool:
+    """Whether some head reads a range of keys beside its list."""
+    return made is None or not made.whole or lists is not made.lists or len(patterns.listed) < len(patterns)
+
+
+def _all_chosen(
+    call: AttentionCall,
+    patterns: Heads,
+    listed: tuple[int, ...],
+    chosen: Keys,
+    made: Pick | None,
+    rules: Tensor,
+    lists: KeyLists | None,
+    keys: list[int],
+    memory: Memory,
+) -> tuple[Tensor, KeyLists | None, list[int]]:
+    """Rules, lists and visits with what the heads `listed` chose."""
+    if not listed:
+        return rules, lists, keys
+    if made is not None and lists is None:
+        each = made.blocks * made.lists.block
+        busy = {head // call.group for head in listed}
+        return made.rules(rules, listed), made.lists, [count + (each if g in busy else 0) for g, count in enumerate(keys)]
+    own = {head: chosen[head] if head in chosen or made is None else made.row(head) for head in listed}
+    return _with_chosen(call, own, rules, lists, keys, memory, _common_block(call, patterns, listed))
 
 
 def _compensated(
@@ -128,34 +195,23 @@ def _compensated(
     memory: Memory,
 ) -> tuple[Tensor, Tensor]:
     """A step's output and lse with what the compensating heads dropped; `patterns`: (head, pattern) of the query heads of k and v."""
-    groups: dict[Streaming, list[int]] = {}
+    groups: dict[Streaming | Span, list[int]] = {}
     for at, (_, one) in enumerate(patterns):
-        if isinstance(one, Streaming) and one.compensate:
+        if isinstance(one, Streaming | Span) and one.compensate:
             groups.setdefault(one, []).append(at)
     for one, places in groups.items():
-        sums = memory.sums.setdefault((one.sink, one.window), Sums())
-        sums.follow(k, v, call.query_offset - one.window + 1, starts, one.sink)
+        sums = memory.sums.setdefault(one, Sums(one))
+        sums.follow(k, v, call.query_offset + 1, starts)
         heads = [patterns[at][0] for at in places]
-        output, lse = with_dropped(call, heads, output, lse, sums, [at // call.group for at in places], one, starts)
+        output, lse = with_dropped(call, heads, output, lse, sums, [at // call.group for at in places])
     return output, lse
-
-
-def _is_listed(pattern: Pattern) -> bool:
-    return isinstance(pattern, Budget) or (isinstance(pattern, TopKeys) and not pattern.full)
-
-
-def _fixed(pattern: Pattern) -> Pattern:
-    """The static pattern in a dynamic one's place: none where a list says what is seen."""
-    if isinstance(pattern, TopKeys) and pattern.full:
-        return Dense()
-    return Streaming(0, 1) if _is_listed(pattern) else uncompensated(pattern)
 
 
 def _with_chosen(
     call: AttentionCall, listed: Keys, rules: Tensor, lists: KeyLists | None, keys: list[int], memory: Memory, block: int
 ) -> tuple[Tensor, KeyLists, list[int]]:
     """Rules, lists and visits with chosen keys; lists are built anew only when the keys are others than the last time."""
-    given: list[object] = [lists, call.key_offset, tuple(listed), *(one for pair in listed.values() for one in pair)]
+    given: list[object] = [rules, lists, call.key_offset, tuple(listed), *(one for pair in listed.values() for one in pair)]
     before = memory.made
     if (
         before is None
@@ -165,17 +221,16 @@ def _with_chosen(
         length = call.query_offset + call.q.shape[2] - call.key_offset
         block = block if lists is None else 1  # blocks and single keys are not told apart in one list
         found = lists_of(listed, call.q.shape[0], len(keys), call.group, length, call.key_offset, block)
-        since = (torch.stack([since for _, since in listed.values()], 1) - call.key_offset).clamp(max=NEVER)
-        memory.made = (given, _merged(found, lists) or found, since.to(torch.int32))
+        since = (torch.stack([since for _, since in listed.values()], 1) - call.key_offset).clamp(max=NEVER).to(torch.int32)
+        ruled = rules.repeat(since.shape[0] // rules.shape[0], 1, 1)
+        nothing = torch.zeros_like(since)
+        ruled.index_copy_(1, _heads(tuple(listed), rules.device), torch.stack([nothing, nothing, since], -1))
+        memory.made = (given, _merged(found, lists) or found, ruled)
     assert memory.made is not None
-    _, made, since = memory.made
-    rules = rules.repeat(since.shape[0] // rules.shape[0], 1, 1)
-    index = _heads(tuple(listed), rules.device)
-    rules.index_copy_(1, index, torch.stack([torch.zeros_like(since), torch.zeros_like(since), since], -1))
     extra = [
         max((columns.shape[1] for head, (columns, _) in listed.items() if head // call.group == g), default=0) for g in range(len(keys))
     ]
-    return rules, made, [a + b for a, b in zip(keys, extra, strict=True)]
+    return memory.made[2], memory.made[1], [a + b for a, b in zip(keys, extra, strict=True)]
 
 
 def _common_block(call: AttentionCall, patterns: Sequence[Pattern], listed: Sequence[int]) -> int:
@@ -187,17 +242,6 @@ def _common_block(call: AttentionCall, patterns: Sequence[Pattern], listed: Sequ
 @lru_cache(maxsize=256)
 def _heads(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(heads, dtype=torch.int64).to(device)
-
-
-@lru_cache(maxsize=256)
-def _tail_rules(tails: tuple[tuple[int, int], ...], heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """([1, Hq, 1] bool which heads keep everything from a position on, [1, Hq, 3] int32 their rules)."""
-    mask = torch.zeros(1, heads, 1, dtype=torch.bool)
-    rows = torch.zeros(1, heads, 3, dtype=torch.int32)
-    for head, since in tails:
-        mask[0, head] = True
-        rows[0, head, 2] = since
-    return mask.to(device), rows.to(device)
 
 
 def _merged(one: KeyLists | None, other: KeyLists | None) -> KeyLists | None:
@@ -219,6 +263,8 @@ def _store_visits(store: LayerStore, fixed: Sequence[Pattern]) -> list[int]:
         for g in part.heads:
             if isinstance(part, Ring):
                 keys[g] = min(store.length, part.sink + part.size)
+            elif isinstance(part, Far):
+                keys[g] = max(part.windows) + len(part.where)
             elif isinstance(part, Kept):
                 keys[g] = part.count + store.length - part.since
             elif isinstance(part, Full):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headscope.capture.steps import IMAGE, TEXT
 from headscope.errors import PlanError, refusal
 from headscope.plans.dynamic_steps import HeldBlocks
 from headscope.plans.patterns import Dense, Pattern
@@ -35,6 +36,15 @@ CELLS = 1 << 26
 """Scores that exist at a time."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """What was chosen: tiles [B, heads, row tiles, kept], the entries in them, and what the others go on giving (see `left_out`)."""
+
+    tiles: Tensor
+    cells: float
+    rest: tuple[Tensor, Tensor] | None = None
+
+
 @dataclass(eq=False)
 class _Run:
     """Where a layer stands in a denoising run: the number of its step, the branch within, and per branch and pattern the kept tiles."""
@@ -43,7 +53,7 @@ class _Run:
     step: int = -1
     branch: int = 0
     shape: tuple[int, ...] = ()
-    tiles: dict[tuple[int, HeldBlocks], Tensor] = field(default_factory=dict)
+    tiles: dict[tuple[int, HeldBlocks], _Held] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -75,28 +85,33 @@ class StepExecutor:
         whole = float(call.q.shape[0] * call.q.shape[2] * call.k.shape[2])
         self.entries += whole * len(patterns)
         run = self._step(call)
-        rest = [head for head, pattern in enumerate(patterns) if not isinstance(pattern, HeldBlocks) or run.step < pattern.dense]
+        rest = [head for head, pattern in enumerate(patterns) if not isinstance(pattern, HeldBlocks) or pattern.dense_at(run.step)]
         self.kept += whole * len(rest)
         for pattern, heads in held.items():
-            if run.step == pattern.dense - 1:
-                run.tiles[run.branch, pattern] = choose_tiles(call, heads, pattern)
+            if pattern.chooses_at(run.step):
+                tiles = choose_tiles(call, heads, pattern)
+                carried = left_out(call, heads, tiles, pattern.block) if pattern.carry else None
+                run.tiles[run.branch, pattern] = _Held(tiles, cells_of(call, tiles, pattern.block), carried)
         if len(rest) == len(patterns):
             report["host"] += 1
             return None
         output = call.q.new_empty(call.q.shape[0], call.q.shape[2], len(patterns), _values(call).shape[-1])
         for pattern, heads in held.items():
-            if run.step < pattern.dense:
+            if pattern.dense_at(run.step):
                 continue
-            tiles = run.tiles.get((run.branch, pattern))
-            if tiles is None:
+            found = run.tiles.get((run.branch, pattern))
+            if found is None:
                 raise refusal(
                     PlanError,
                     f"layer {call.layer} in step {run.step}",
-                    f"guidance branch {run.branch} did not run in step {pattern.dense - 1}, when tiles are chosen",
+                    f"guidance branch {run.branch} did not run in the step when tiles were chosen",
                     "run every branch in every step",
                 )
-            output[:, :, heads] = gathered_attention(call, heads, tiles, pattern.block)
-            self.kept += float(_sizes(call.k.shape[2], pattern.block)[tiles.cpu()].sum(-1).double().sum((0, 1)) @ _rows(call, pattern))
+            sparse = gathered_attention(call, heads, found.tiles, pattern.block)
+            if found.rest is not None:
+                sparse = ((1 - found.rest[0]) * sparse + found.rest[1]).to(sparse.dtype)
+            output[:, :, heads] = sparse
+            self.kept += found.cells
         if rest:
             output[:, :, rest] = dense_heads(call, rest)
         report["dense"] += len(rest)
@@ -138,10 +153,38 @@ def choose_tiles(call: AttentionCall, heads: list[int], pattern: HeldBlocks) -> 
         parts.append(whole.unflatten(3, (count, size)).sum(-1).unflatten(2, (-1, size)).sum(3))
     mass = torch.cat(parts, 2) / _sizes(keys, size).to(parts[0])
     kept = []
-    for members in _kinds(call, size, count):
-        best = mass[..., members].sort(dim=-1, descending=True, stable=True).indices[..., : pattern.tiles(len(members))]
+    kinds = _kinds(call, size, count)
+    words = len(kinds[TEXT]) if len(kinds) > 1 and TEXT in kinds else 0
+    for label, members in kinds.items():
+        number = pattern.tiles(len(members))
+        if words and pattern.prompt == "all":
+            number = words if label == TEXT else max(1, pattern.tiles(count) - words)
+        best = mass[..., members].sort(dim=-1, descending=True, stable=True).indices[..., :number]
         kept.append(torch.tensor(members, device=best.device)[best])
     return torch.cat(kept, -1).sort(-1).values
+
+
+def cells_of(call: AttentionCall, tiles: Tensor, size: int) -> float:
+    """(row, key) entries in tiles [B, heads, row tiles, kept], over all sequences and heads."""
+    rows, keys = (_sizes(count, size).double().to(tiles.device) for count in (call.q.shape[2], call.k.shape[2]))
+    return float(keys[tiles].sum(-1).sum((0, 1)) @ rows)
+
+
+def left_out(call: AttentionCall, heads: list[int], tiles: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(d [B, Nq, heads, 1], r [B, Nq, heads, Dv]) float32: the weight of each row outside its tiles, and what that weight brings."""
+    rows, keys = call.q.shape[2], call.k.shape[2]
+    index = torch.tensor(heads, device=call.q.device)
+    values = _values(call)[:, index // call.group].float()
+    kept = torch.zeros(*tiles.shape[:3], -(-keys // size), dtype=torch.bool, device=tiles.device).scatter_(-1, tiles, True)
+    shares, parts, at = [], [], 0
+    for weights in _weights(call, heads, size):
+        row = torch.arange(at, at + weights.shape[2], device=kept.device) // size
+        outside = weights.masked_fill(kept[:, :, row].repeat_interleave(size, -1)[..., :keys], 0.0)
+        shares.append(outside.sum(-1, keepdim=True))
+        parts.append(outside @ values)
+        at += weights.shape[2]
+    assert at == rows
+    return torch.cat(shares, 2).transpose(1, 2), torch.cat(parts, 2).transpose(1, 2)
 
 
 def dense_heads(call: AttentionCall, heads: list[int]) -> Tensor:
@@ -197,16 +240,16 @@ def _weights(call: AttentionCall, heads: list[int], size: int = 1) -> Iterator[T
         yield torch.softmax(scores, -1).nan_to_num(nan=0.0)
 
 
-def _kinds(call: AttentionCall, size: int, count: int) -> list[list[int]]:
+def _kinds(call: AttentionCall, size: int, count: int) -> dict[int, list[int]]:
     """The key tiles by what they hold most of: one list for a model with one kind of token."""
     streams = call.facts.get("streams")
     if not isinstance(streams, tuple):
-        return [list(range(count))]
+        return {IMAGE: list(range(count))}
     label = torch.zeros(call.k.shape[2], dtype=torch.int64)
     for kind, first, end in streams:
         label[first:end] = kind
     most = [int(part.bincount().argmax()) for part in label.split(size)]
-    return [[tile for tile, kind in enumerate(most) if kind == one] for one in sorted(set(most))]
+    return {one: [tile for tile, kind in enumerate(most) if kind == one] for one in sorted(set(most))}
 
 
 def _values(call: AttentionCall) -> Tensor:
@@ -218,8 +261,3 @@ def _values(call: AttentionCall) -> Tensor:
 def _sizes(keys: int, size: int) -> Tensor:
     """[tiles] int64: keys of each tile."""
     return torch.tensor([min(size, keys - first) for first in range(0, keys, size)])
-
-
-def _rows(call: AttentionCall, pattern: HeldBlocks) -> Tensor:
-    """[row tiles] float64: rows of each row tile."""
-    return _sizes(call.q.shape[2], pattern.block).double()

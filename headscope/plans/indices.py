@@ -9,7 +9,7 @@ Chosen blocks of a call that starts in the middle of a text (a chunk of a prefil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from headscope.kernels.gather import window_scores
 from headscope.plans.dynamic import Budget, TopBlocks, TopKeys, VerticalSlash
 from headscope.plans.dynamic_rules import Choosing
 from headscope.plans.patterns import Blocks, Lines, Pattern
+from headscope.plans.remembered import Newest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,12 @@ def last_weights(call: AttentionCall, head: int, count: int) -> tuple[Tensor, in
     return torch.softmax(scores, -1).cpu(), first + call.query_offset - start
 
 
+def _members(call: AttentionCall, head: int, grouped: bool) -> Sequence[int]:
+    """The heads whose mean weights a head chooses by."""
+    first = head // call.group * call.group
+    return range(first, first + call.group) if grouped else [head]
+
+
 def _largest(values: Tensor, count: int) -> list[int]:
     """The places of the `count` largest values, the first of equals, ascending."""
     order = values.sort(descending=True, stable=True).indices[: max(0, min(count, len(values)))]
@@ -148,10 +155,18 @@ def top_blocks(call: AttentionCall, head: int, pattern: Pattern) -> Blocks:
     return Blocks(tuple(kept), pattern.block)
 
 
+_newest: Newest[tuple[Tensor, int]] = Newest()
+
+
 def block_estimate(call: AttentionCall, head: int, pattern: TopBlocks) -> tuple[Tensor, int]:
     """([row tiles of the call, key tiles] float64, number of the first row tile). Each row is a distribution over the tiles that it sees;
     for rule "anchor" it is the largest scaled score of the pooled query in the tile, in nats.
     """
+    key = (head, pattern.rule, pattern.block, pattern.stride)
+    return _newest.of(call, key, lambda: _block_estimate(call, head, pattern))
+
+
+def _block_estimate(call: AttentionCall, head: int, pattern: TopBlocks) -> tuple[Tensor, int]:
     start, size = _start(call), pattern.block
     skip_q, skip_k = max(0, start - call.query_offset), max(0, start - call.key_offset)
     origin = call.query_offset + skip_q - start
@@ -223,9 +238,7 @@ def _exact(call: AttentionCall, head: int, size: int, first: int, tiles: int) ->
 def budget(call: AttentionCall, head: int, pattern: Pattern) -> Chosen:
     """After a prefill: the keys before the recent ones that the window's rows weigh most, after a mean filter (SnapKV)."""
     assert isinstance(pattern, Budget)
-    size = call.group if pattern.grouped else 1
-    members = [head] if size == 1 else range(head // size * size, head // size * size + size)
-    found = [last_weights(call, member, pattern.window) for member in members]
+    found = [last_weights(call, member, pattern.window) for member in _members(call, head, pattern.grouped)]
     rows, first = torch.stack([rows for rows, _ in found]).mean(0), found[0][1]
     since = max(0, first + len(rows) - max(pattern.window, pattern.recent))
     scores = rows[:, :since].sum(0)
@@ -240,7 +253,8 @@ def top_keys(call: AttentionCall, head: int, pattern: Pattern) -> Chosen:
     assert isinstance(pattern, TopKeys)
     if pattern.block > 1:
         return _top_key_blocks(call, head, pattern)
-    rows, first = last_weights(call, head, 1)
+    found = [last_weights(call, member, 1) for member in _members(call, head, pattern.grouped)]
+    rows, first = torch.stack([rows for rows, _ in found]).mean(0), found[0][1]
     since = max(0, first + 1 - pattern.window)
     inside = rows[0, :since].clone()
     inside[: pattern.sink] = torch.inf
@@ -253,11 +267,13 @@ def _top_key_blocks(call: AttentionCall, head: int, pattern: TopKeys) -> Chosen:
     row = call.query_offset + call.q.shape[2] - 1 - start
     count = max(0, row + 1 - pattern.window) // size
     skip = max(0, start - call.key_offset)
-    q = call.q[0, head, -1].double().cpu()
+    members = _members(call, head, pattern.grouped)
+    q = call.q[0, members[0] : members[-1] + 1, -1].double().cpu().T
     k = call.k[0, head // call.group, skip : skip + count * size].double().cpu().unflatten(0, (count, size)) if count else None
     if k is None:
         return Chosen((), 0)
     scores = k.mean(1) @ q if pattern.estimate == "mean" else k.amax(1) @ q.clamp(min=0) + k.amin(1) @ q.clamp(max=0)
+    scores = torch.softmax(scores * call.scale, 0).mean(1) if pattern.grouped else scores[:, 0]
     scores[: -(-pattern.sink // size)] = torch.inf
     chosen = _largest(scores, max(1, pattern.keep // size))
     return Chosen(tuple(one * size + at for one in chosen for at in range(size)), count * size)

@@ -6,8 +6,10 @@ cannot be made without one.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, type] = {
     "model": dict, "data": list, "probes": list, "metrics": dict, "numbers": dict, "attention_kernels": list, "parameters": dict,
-    "seeds": dict, "versions": dict, "machine": dict, "seconds": dict, "notes": list, "left_out": dict,
+    "seeds": dict, "versions": dict, "machine": dict, "seconds": dict, "notes": list, "left_out": dict, "interventions": list,
 }  # fmt: skip
 MODEL_FACTS = {"name", "class", "layers", "heads", "kv_heads", "head_dim", "parameters", "dtype", "device"}
 DATA_FACTS = {"name", "kind", "sha256", "sequences", "tokens"}
@@ -36,6 +38,8 @@ class RunCard:
     - `probes`: name, parameters, source of each. `metrics`: per metric its probe, unit, what a large value means, range, kind of text.
     - `numbers`: about the whole model, such as the share of sink heads. `parameters` of the statistics and texts; `seeds` of random texts.
     - `attention_kernels`: the model's attention implementations that really ran; `statistics_kernel`: what measured.
+    - `interventions`: what was changed in the model while it was measured: name, what it does in words, and its specification where that is
+      plain data. Empty for the model as it is.
     - `notes`: what a reader of the active probes' numbers must know. `left_out`: probe -> why it says nothing about this model.
     - `versions`, `machine`, `seconds`: software, hardware, time per step. `files`: filled in when the run is saved.
     """
@@ -58,6 +62,7 @@ class RunCard:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    interventions: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -102,6 +107,7 @@ class RunCard:
         )
         if self.numbers:
             out.append("numbers " + ", ".join(f"{name} {value:.3f}" for name, value in self.numbers.items()))
+        out += [f"changed by {row.get('name')}: {row.get('what', '')}" for row in self.interventions]
         out += [f"note    {note}" for note in self.notes]
         out += [f"without {name}: {why}" for name, why in self.left_out.items()]
         return out
@@ -129,6 +135,19 @@ def model_facts(scope: Scope) -> dict[str, Any]:
         "device": str(scope.device),
         "max_length": scope.max_length,
     }
+
+
+def intervention_facts(scope: Scope) -> list[dict[str, Any]]:
+    """The card's `interventions`: what this thread has open on a Scope."""
+    from headscope.errors import InterventionError
+
+    out: list[dict[str, Any]] = []
+    for one in scope.interventions:
+        facts: dict[str, Any] = {"name": one.name or type(one).__name__, "what": one.explain()}
+        with suppress(InterventionError):  # one with tensors has no specification without a file
+            facts["specification"] = json.loads(one.to_json())
+        out.append(facts)
+    return out
 
 
 def version_facts() -> dict[str, str]:

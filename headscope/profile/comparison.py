@@ -151,6 +151,9 @@ def _notes(first: HeadProfile, second: HeadProfile) -> list[str]:
             notes.append(f"{row['kind']} text has {row['tokens']} and {other['tokens']} tokens: distance and entropy grow with the length")
         elif row["sha256"] != other["sha256"]:
             notes.append(f"{row['kind']} text differs")
+    changed = [" and ".join(str(row.get("name")) for row in one.card.interventions) or "no intervention" for one in (first, second)]
+    if first.card.interventions != second.card.interventions:
+        notes.append(f"measured under {changed[0]}, and under {changed[1]}")
     for name in ("dtype",):
         a, b = first.card.model.get(name), second.card.model.get(name)
         if a != b:

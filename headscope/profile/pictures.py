@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from headscope.errors import ProbeError, refusal
-from headscope.profile.card import RunCard, machine_facts, model_facts, now, version_facts
+from headscope.profile.card import RunCard, intervention_facts, machine_facts, model_facts, now, version_facts
 from headscope.profile.head_profile import HeadProfile
 from headscope.profile.maps import block_size, kept_layer, stacked
 from headscope.profile.result import head_table
@@ -224,6 +224,7 @@ def _profile(
         machine=machine_facts(str(scope.device)),
         headscope_version=__version__,
         created=now(),
+        interventions=intervention_facts(scope),
     )
     return HeadProfile(canonical_heads(table), card, content)
 

@@ -18,7 +18,7 @@ from headscope.probes.active import ActiveProbe, AnyProbe
 from headscope.probes.registry import named
 from headscope.probes.text import REPEATS, TextKind
 from headscope.profile.active import measure_active
-from headscope.profile.card import RunCard, machine_facts, model_facts, now, version_facts
+from headscope.profile.card import RunCard, intervention_facts, machine_facts, model_facts, now, version_facts
 from headscope.profile.head_profile import HeadProfile
 from headscope.profile.journal import Journal
 from headscope.profile.maps import block_size, keeping
@@ -244,6 +244,7 @@ def _card(scope: Scope, probes: list[AnyProbe], found: Measured, context: int, t
     metrics = {
         metric.name: {
             "probe": probe.name,
+            "title": probe.describe()["title"],
             "unit": metric.unit,
             "higher_is": metric.higher_is,
             "range": list(metric.range),
@@ -268,4 +269,5 @@ def _card(scope: Scope, probes: list[AnyProbe], found: Measured, context: int, t
         seconds={name: round(value, 3) for name, value in found.seconds.items()},
         headscope_version=__version__,
         created=now(),
+        interventions=intervention_facts(scope),
     )

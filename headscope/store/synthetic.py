@@ -150,7 +150,7 @@ def _card(layout: RunLayout, kv_heads: int, width: int, dtype: str, seed: int, s
     from headscope.profile.card import RunCard, machine_facts, now, version_facts
 
     metrics = {
-        name: {"probe": "synthetic", "unit": unit, "higher_is": words, "range": [0.0, high], "data": "natural"}
+        name: {"probe": "synthetic", "title": "", "unit": unit, "higher_is": words, "range": [0.0, high], "data": "natural"}
         for name, unit, words, high in (
             ("sink", "probability", "more weight on the first token", 1.0),
             ("distance", "tokens", "looks further back", None),

@@ -200,7 +200,9 @@ class Visit:
         self.page.on("response", lambda answer: wrong(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
 
     def go(self, path: str, drawn: str) -> None:
+        """Opens a page and waits until the application has taken over from the first one."""
         self.page.goto(self.base + path)
+        self.until("!document.getElementById('first')")
         self.see(drawn)
 
     def see(self, drawn: str) -> None:

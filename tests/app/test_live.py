@@ -216,7 +216,7 @@ def test_pages_with_and_without_a_model(synthetic, owner: ModelOwner) -> None:
         assert "No model is loaded" in str(live.layout())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(live, "ctx", type("Ctx", (), {"triggered_id": "live-compare"}))
-            shown, job, disabled = live.submit(1, None, PROMPT, "mask", "0.0", "zero", None, None, None, 4)
+            shown, job, disabled = live.submit(1, None, None, PROMPT, "mask", "0.0", "zero", None, None, None, 4)
             assert "no model is loaded" in str(shown)
             assert (job, disabled) == ("", True)
     app = create_app(synthetic.path.parent, model=owner)

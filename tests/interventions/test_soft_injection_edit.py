@@ -120,7 +120,7 @@ def test_a_task_that_examples_taught_helps_questions_it_never_saw(smollm2):
     assert elsewhere < gain / 2
     assert edit.gates.tensor.shape == (270,)
     assert 0.0 < float(edit.gates.tensor.min()) < float(edit.gates.tensor.max()) < 1.0
-    assert SoftInjection.prompt("cat") == "cat ->"
+    assert SoftInjection.prompt("cat") == "Q: cat\nA:"
 
 
 def test_refusals_and_json(tmp_path, smollm2, tiny_llama):

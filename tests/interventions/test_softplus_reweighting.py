@@ -18,6 +18,7 @@ from .dense_edits import Dense, close
 from .edit_cases import calls, make_call
 
 STAGES = ("reweight", "softplus", "both")
+SCORES = ("cosine", "model")
 
 
 def edited(edit, call, output, rows=True):
@@ -41,7 +42,11 @@ def dense_of(call, edit, rows=True):
                 row = a[b, h, i]
                 if edit.stage != "reweight":
                     c = math.log(call.q.shape[-1]) * math.log(n)
-                    plus = torch.where(seen, torch.log1p(torch.exp((c * dense.scores[b, h, i]).masked_fill(~seen, 0.0))), 0.0)
+                    base = dense.scores[b, h, i]
+                    if edit.scores == "cosine":
+                        q, k = call.q[b, h, i].double(), call.k[b, h // (call.q.shape[1] // call.k.shape[1])].double()
+                        base = (k @ q) / (q.norm() * k.norm(dim=-1))
+                    plus = torch.where(seen, torch.log1p(torch.exp((c * base).masked_fill(~seen, 0.0))), 0.0)
                     row = plus / plus.sum()
                 if edit.stage != "softplus":
                     o = 0.0 if i + call.query_offset - int(first[b]) < edit.spared else edit.offset
@@ -54,11 +59,11 @@ def dense_of(call, edit, rows=True):
     return dense
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "scores"), [("reweight", "cosine"), *((stage, scores) for stage in STAGES[1:] for scores in SCORES)])
 @pytest.mark.parametrize("case", calls(), ids=lambda case: case[0])
-def test_every_call_is_the_definition(case, stage):
+def test_every_call_is_the_definition(case, stage, scores):
     _, call = case
-    edit = SoftplusReweighting([(0, call.q.shape[1] - 1), (0, 0)], stage, power=2.5, offset=0.5)
+    edit = SoftplusReweighting([(0, call.q.shape[1] - 1), (0, 0)], stage, power=2.5, offset=0.5, scores=scores)
     output = Dense(call).output
     if stage != "reweight" and call.sink_logits is not None:
         with pytest.raises(InterventionError, match="sink logits"):
@@ -107,6 +112,24 @@ def test_equal_weights_and_long_rows():
     close(got, dense_of(long, SoftplusReweighting([(0, 1)])), 1e-4)
 
 
+def test_lssar_by_hand():
+    """Two keys at cosines 1 and 0 of width 8, row 4 of a text that sees both: softplus(ln 8 ln 2) and ln 2, their shares, and the power."""
+    call = make_call(0, batch=1, heads=1, kv_heads=1, rows=1, keys=2, causal=False, query_offset=4)
+    q, k, v = torch.zeros(1, 1, 1, 8).double(), torch.zeros(1, 1, 2, 8).double(), torch.zeros(1, 1, 2, 5).double()
+    q[..., 0], k[0, 0, 0, 0], k[0, 0, 1, 1] = 3.0, 0.5, 7.0
+    v[0, 0, :, :2] = torch.eye(2)
+    call = replace(call, q=q, k=k, v=v)
+    first, second = math.log1p(math.exp(math.log(8) * math.log(2))), math.log(2)
+    share = first / (first + second)
+    got = edited(SoftplusReweighting([(0, 0)], "softplus"), call, Dense(call).output)
+    assert got[0, 0, 0, :2].tolist() == pytest.approx([share, 1 - share])
+    got = edited(SoftplusReweighting([(0, 0)], "both"), call, Dense(call).output)
+    assert got[0, 0, 0, :2].tolist() == pytest.approx([1.0, 0.0]), "the second has less than an equal share"
+    powers = [share**15, (1 - share) ** 15]
+    got = edited(SoftplusReweighting([(0, 0)], "both", offset=0.0), call, Dense(call).output)
+    assert got[0, 0, 0, :2].tolist() == pytest.approx([one / sum(powers) for one in powers])
+
+
 def test_power_one_without_offset_is_nothing_to_the_bit():
     model, tokens = make(llama), ids(2, 12)
     scope = Scope(model)
@@ -136,6 +159,7 @@ def test_decoding_with_a_cache_equals_reading_the_whole_text(build, cache):
 def test_refusals_and_json():
     for options, message in (
         ({"stage": "softmax"}, "stage"),
+        ({"scores": "sine"}, "scores"),
         ({"power": 0.0}, "positive power"),
         ({"offset": 1.5}, "equal shares"),
         ({"spared": -1}, "counts rows"),

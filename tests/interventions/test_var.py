@@ -15,7 +15,9 @@ from headscope.call import AttentionCall, MaskFacts
 from headscope.errors import InterventionError
 from headscope.interventions import ACT, VAR, Intervention, KeyBias, Scale, from_json, record_heads
 from headscope.interventions.head_edit import Bound
+from headscope.interventions.running import outputs_of
 from headscope.interventions.var import sink_dimensions
+from headscope.probes import VisualSinks
 from headscope.probes.pictures import bundled_samples
 from headscope.scope import Scope
 
@@ -222,6 +224,25 @@ class Fails(Intervention):
         return output
 
 
+def test_calls_of_the_picture_tower_are_read_only_where_somebody_looks(scope, monkeypatch) -> None:
+    from headscope.capture.attach import Attachment
+
+    names: list[str] = []
+    real = Attachment._read
+    monkeypatch.setattr(
+        Attachment, "_read", lambda self, host, module, run, *rest: names.append(run.record.name) or real(self, host, module, run, *rest)
+    )
+    inputs, tower = prompts(), {module.name for module in scope.topology.modules if module.layer is None}
+    with torch.no_grad(), scope.intervene(VAR(**OPTIONS, layers=(0, 2))):
+        alone = scope.model(**inputs).logits
+        assert tower
+        assert not tower & set(names)
+        assert set(names) == {module.name for module in scope.topology.main}
+        with scope.intervene(Grab([])):
+            assert torch.equal(scope.model(**inputs).logits, alone)
+    assert tower <= set(names)
+
+
 def test_an_exception_in_the_middle_leaves_nothing_behind(scope) -> None:
     inputs = prompts()
     with torch.no_grad():
@@ -252,26 +273,36 @@ def test_behind_a_key_bias_it_meets_the_biased_attention(scope) -> None:
     assert bool(rows.any())
 
 
-def test_on_the_bundled_model_nothing_is_massive_and_selected_heads_cost_less_than_all() -> None:
-    """bundled:vlm has no sinks at the usual threshold, so VAR changes nothing; far below it, the gate keeps what all heads lose."""
+def test_on_the_bundled_model_the_start_token_is_the_only_sink() -> None:
+    """bundled:vlm was given a massive start token, on which idle heads rest. Sinks are found there and nowhere else; what VAR takes off it
+    goes to the picture, in the heads and rows that look at the picture, and the answers survive."""
     seeing = hs.load("bundled:vlm", device="cpu")
-    samples = bundled_samples(64, 33, kinds=("count",))
+    samples = bundled_samples(64, 33, kinds=("position",))
     inputs = {name: torch.cat([one.inputs[name] for one in samples]) for name in samples[0].inputs}
     wanted = torch.tensor([one.wanted for one in samples])
+    labels = torch.full_like(samples[0].ids, 2)
+    labels[samples[0].image] = 1
+    labels[0] = 0
 
-    def logits(*edits) -> torch.Tensor:
-        with torch.no_grad(), seeing.intervene(*edits) if edits else nullcontext():
-            return seeing.model(**inputs, logits_to_keep=1).logits[:, -1]
+    def looks(*edits) -> tuple[torch.Tensor, float]:
+        """(attention [L, B, H, 3] of the last row on start, picture, text; share of right answers)."""
+        with seeing.intervene(*edits) if edits else nullcontext():
+            with torch.no_grad():
+                said = seeing.model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
+            stats = seeing.capture(inputs, statistics=["class_mass"], labels=labels, label_names=("start", "picture", "text"))
+        mass = torch.stack([stats["class_mass"][layer][:, :, -1] for layer in seeing.topology.layers])
+        return mass, float((said == wanted).double().mean())
 
-    plain = logits()
-    assert torch.equal(logits(VAR()), plain)
-    chance = [plain, logits(VAR(tau=2.0, rho=0.8)), logits(VAR(tau=2.0, rho=0.0, min_visual=0.0))]
-    right = [float((one.argmax(-1) == wanted).double().mean()) for one in chance]
-    loss = [float(torch.nn.functional.cross_entropy(one.double(), wanted)) for one in chance]
-    assert right[0] > 0.9
-    assert right[1] >= right[2]
-    assert loss[1] < 0.5 * loss[2]
-    assert loss[0] < 0.5 * loss[2]
+    mass, plain = looks()
+    assert plain > 0.9
+    found = VisualSinks().run(seeing, samples[:4]).tables["tokens"]
+    assert len(found) > 0
+    assert set(found["position"]) == {0}
+    with seeing.intervene(VAR()):
+        moved = outputs_of(seeing, {**inputs, "logits_to_keep": 1})
+    assert float((moved - outputs_of(seeing, {**inputs, "logits_to_keep": 1})).abs().max()) > 1e-3
+    assert float(mass[..., 0].mean(1).max()) > 0.9  # idle heads rest there
+    assert looks(VAR())[1] > plain - 0.05
 
 
 def test_what_is_refused(scope) -> None:

@@ -80,6 +80,7 @@ def with_interior(monkeypatch):
     monkeypatch.setattr(triton_interior, "INTERPRETED", False)
     monkeypatch.setattr(triton_interior, "hopper", lambda device: True)
     monkeypatch.setattr(triton_interior, "LEAST", 128)
+    monkeypatch.setattr(triton_interior, "ALONE", False)
     monkeypatch.setattr(triton_interior, "launch", twin)
     taken.clear()
     with use_tile("rows", Tile(64, 128)), use_tile("columns", Tile(128, 128)):
@@ -123,3 +124,34 @@ def test_what_the_kernel_cannot_do_is_left_to_the_sweeps(change):
     run = triton_measure._Run(call_of(700, 700, True), request)
     assert triton_interior.plan(run) is None
     assert triton_interior.plan(triton_measure._Run(call_of(700, 700, True), StatisticsRequest())) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "alone"),
+    [
+        ({"names": ("lse", "column_sum")}, True),
+        ({"names": ("column_sum",)}, True),
+        ({"names": ("lse", "column_sum", "sink_logit_mass")}, True),
+        ({"names": ("column_sum", "entropy")}, False),
+        ({"names": ("column_sum", "fai")}, False),
+        ({"names": ("column_sum", "diagonal_sum")}, False),
+        ({"names": ("column_sum",), "rows": torch.arange(700) % 3 > 0}, False),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_column_sums_alone_have_a_sweep_of_their_own(change, alone, given, monkeypatch):
+    """Where it runs it is the only one, besides the rows' where the lse is not given; with anything else asked for it does not run."""
+    ran = []
+
+    def columns(run, lse):
+        ran.append(1)
+        a = torch.exp(torch.log(naive_weights(run.call)) + (naive_lse(run.call) - lse.double())[..., None])  # with the lse it is given
+        return a.sum(2).float()
+
+    monkeypatch.setattr(triton_interior, "ALONE", True)
+    monkeypatch.setattr(triton_interior, "launch_columns", columns)
+    if alone:
+        monkeypatch.setattr(triton_measure._Run, "sweep_columns", None)
+    call, request = call_of(700, 700, given), StatisticsRequest(**change)
+    cases.compare(triton_measure.measure(call, request), call, request, 1e-4)
+    assert ran == [1] * alone

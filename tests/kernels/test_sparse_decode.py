@@ -124,8 +124,9 @@ def test_a_mixed_store_is_read_as_it_lies() -> None:
     valid = torch.arange(90, device=device)[None] >= starts[:, None]
     call = AttentionCall("m", 0, q, k, v, 0.2, MaskFacts(True, key_valid=valid), query_offset=89, first_token=starts)
     from headscope.plans.execute_decode import Memory, store_step
+    from headscope.plans.execute_heads import Heads
 
-    found = store_step(replace(call, k=k[:, :, 89:], v=v[:, :, 89:]), heads, store, {}, Memory())
+    found = store_step(replace(call, k=k[:, :, 89:], v=v[:, :, 89:]), Heads(heads), store, {}, Memory())
     expected, _ = naive_sparse_attention(call, heads)
     assert torch.allclose(found.double(), expected, atol=2e-6, rtol=0)
     assert store.bytes < 4 * 2 * 2 * 2 * 90 * 32
@@ -144,8 +145,8 @@ def test_work_covers_every_key_head_once_and_fits_the_device(keys: tuple[int, ..
     assert len(table) == sum(count for _, count in spans)
     slots = max(len(keys), 32)
     assert work.parts <= slots
-    longest = max(-(-host._rounded(one) // count) for one, (_, count) in zip(keys, spans, strict=True))
-    smaller = sum(-(-host._rounded(one) // max(1, longest - 1)) for one in keys)
+    longest = max(-(-host.rounded(one) // count) for one, (_, count) in zip(keys, spans, strict=True))
+    smaller = sum(-(-host.rounded(one) // max(1, longest - 1)) for one in keys)
     assert smaller > slots or longest <= 16  # no smaller part would have fitted
 
 

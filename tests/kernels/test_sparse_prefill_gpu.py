@@ -87,6 +87,23 @@ def test_many_lines_of_work_per_program():
 
 
 @HOPPER
+@pytest.mark.parametrize("offset", [1, 36, 97, 127, 128, 300])
+def test_chunks_that_begin_inside_a_tile(offset):
+    """The first rows of the first tile belong to an earlier chunk: nobody's output may be written there, and every row's own must be."""
+    gen = torch.Generator("cuda").manual_seed(offset)
+    q, k, v = (
+        torch.randn(2, h, n, 64, generator=gen, device="cuda", dtype=torch.bfloat16)
+        for h, n in ((4, 200), (2, 200 + offset), (2, 200 + offset))
+    )
+    call = AttentionCall("attention", 0, q, k, v, 0.125, MaskFacts(True), query_offset=offset)
+    patterns = [Dense(), Streaming(5, 40), Lines((0, 3, 90), tuple(range(0, 500, 7))), Blocks(((0,), (0,), (1,), (0, 2)))]
+    output, lse = prefill(call, patterns, "gluon")
+    assert output.shape == (2, 200, 4, 64)
+    assert output.is_contiguous()
+    cases.compare(output, lse, call, patterns)
+
+
+@HOPPER
 def test_what_keeps_everything_is_dense_attention():
     gen = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, h, 900, 128, generator=gen, device="cuda", dtype=torch.bfloat16) for h in (4, 1, 1))

@@ -201,3 +201,14 @@ def test_work_is_dealt_out_evenly() -> None:
     assert max(cost[one::132].sum() for one in range(132)) > 1.02 * cost.sum() / 132  # as the lines come
     assert all(abs(int(at) - place) < 132 for place, at in enumerate(order)), "nobody leaves the key head that is at hand"
     assert dealt(np.array([3.0, 1.0]), 5).tolist() == [0, 1]
+
+
+def test_lists_are_remembered_until_they_are_given_up() -> None:
+    q = torch.zeros(1, 2, 300, 1)
+    call, heads = AttentionCall("attention", 0, q, q, q, 1.0, MaskFacts(True)), [Dense(), Dense()]
+    made = static_lists(call, heads)
+    assert static_lists(call, heads) is made
+    sparse_lists.forget()
+    again = static_lists(call, heads)
+    assert again is not made
+    assert torch.equal(again.work, made.work)

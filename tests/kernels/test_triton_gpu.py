@@ -84,7 +84,7 @@ def test_attention_output(width, dtype):
 def launched(monkeypatch):
     """Which Gluon kernels ran."""
     names = []
-    for name in ("launch", "launch_forward"):
+    for name in ("launch", "launch_forward", "launch_columns"):
         kernel = getattr(triton_interior, name)
         monkeypatch.setattr(triton_interior, name, lambda *args, kernel=kernel, name=name: (names.append(name), kernel(*args))[1])
     return names
@@ -102,7 +102,7 @@ HOPPER = pytest.mark.skipif(
         (1400, 1400, 1, 128, torch.bfloat16, 128, cases.NAME_SETS[1], True),
         (2711, 2711, 2, 64, torch.float16, 256, cases.NAME_SETS[1], False),
         (1720, 3000, 1, 80, torch.bfloat16, 128, cases.NAME_SETS[1], True),
-        (2049, 2049, 1, 128, torch.bfloat16, 128, ("column_sum",), True),
+        (2049, 2049, 1, 128, torch.bfloat16, 128, ("column_sum", "block_mass"), True),
         (2049, 2049, 2, 128, torch.float16, 128, ("entropy", "argmax", "distance", "sink_mass"), True),
         (1999, 1999, 1, 96, torch.float16, 128, ("waad", "fai", "block_max"), True),
         (2303, 2303, 1, 128, torch.bfloat16, 128, ("local_mass", "distance_sq", "row_max", "block_mass"), True),
@@ -123,6 +123,34 @@ def test_interior_and_edges_make_the_whole(launched, rows, keys, batch, width, d
     for part in ("rows", "columns", "maps"):
         for name, x in getattr(first, part).items():
             assert torch.equal(x, getattr(second, part)[name]), f"{name}: other bits on the second run"
+
+
+@HOPPER
+@pytest.mark.parametrize(
+    ("rows", "keys", "batch", "heads", "width", "dtype", "given"),
+    [
+        (128, 128, 1, 4, 128, torch.bfloat16, True),
+        (333, 333, 2, 4, 64, torch.float16, False),
+        (2049, 2049, 1, 4, 128, torch.bfloat16, True),
+        (300, 447, 1, 2, 96, torch.bfloat16, True),
+        (1000, 3384, 1, 6, 128, torch.float16, False),
+        (513, 700, 1, 3, 40, torch.bfloat16, True),
+    ],
+)
+def test_column_sums_alone(launched, monkeypatch, rows, keys, batch, heads, width, dtype, given):
+    """One tile and many, odd last tiles, chunks behind a cache that start anywhere in a tile, one key head and several."""
+    monkeypatch.setattr(triton_interior, "ALONE", True)
+    gen = torch.Generator().manual_seed(rows)
+    q = (torch.randn(batch, rows, heads, width, generator=gen) * 2).to(dtype).cuda().transpose(1, 2)
+    k = torch.randn(batch, 1 if heads == 3 else 2, keys, width, generator=gen).to(dtype).cuda()
+    call = AttentionCall("attention", 0, q, k, None, width**-0.5, MaskFacts(True), query_offset=keys - rows)
+    request = StatisticsRequest(("lse", "column_sum"))
+    if given:
+        call = replace(call, facts={"lse": triton_measure.measure(call, StatisticsRequest(("lse",))).rows["lse"]})
+    first, second = triton_measure.measure(call, request), triton_measure.measure(call, request)
+    assert launched == ["launch_columns", "launch_columns"]
+    cases.compare(first, call, request, 1e-4)
+    assert torch.equal(first.columns["column_sum"], second.columns["column_sum"])
 
 
 @HOPPER

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headscope.plans import Budget, Dense, Lines, Pattern, Span, SparsePlan, Streaming, Strided, TopKeys
+from headscope.plans import Blocks, Budget, Dense, Lines, Pattern, Power, Span, SparsePlan, Streaming, Strided, TopKeys
 from headscope.scope import Scope
 
 LAYERS = 2
@@ -24,6 +24,15 @@ PLANS: dict[str, tuple[Pattern, ...]] = {
         Streaming(2, 8),
     ),
     "compensation": (Streaming(2, 8, True), Streaming(2, 8, True), Streaming(3, 5, True), Streaming(2, 8)),
+    "spans that compensate": (Span(0.0, 0.2, 2, 6, True), Span(0.0, 0.2, 2, 6, True), Span(3, 0.1, 1, 4, True), Streaming(3, 12)),
+    "windows that compensate beside others": (Streaming(2, 8, True), Streaming(4, 12, True), Streaming(2, 8, True), Streaming(3, 5)),
+    "strided": (Strided(6, 3, 1, 8), Strided(10, 3, 1, 8, 2), Strided(4, 4, 3, 4), Streaming(2, 8)),
+    "lines": (Lines((0, 3, 20, 44), (0, 1, 5, 9)), Streaming(2, 8), Lines((1, 2, 30), (0,)), Strided(4, 4, 1, 4)),
+    "chosen together": (
+        *(TopKeys(16, window=4, block=8, estimate="bounds", grouped=True),) * 2,
+        *(TopKeys(7, refresh=2, window=5, grouped=True),) * 2,
+    ),
+    "blocks and power": (Power(5, 4, 2), Blocks(((0,), (0, 1), (1, 2)), 8), Blocks(((0,), (0, 1)), 4), Dense()),
     "lists": (Lines((0, 3), (0, 1, 5)), Strided(4, 3, 1, 8), Streaming(2, 8), TopKeys(5, window=3)),
 }
 

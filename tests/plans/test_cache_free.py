@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from headscope.errors import CaptureError, PlanError
-from headscope.plans import Budget, Dense, Span, SparsePlan, Streaming
+from headscope.plans import Budget, Dense, Lines, Span, SparsePlan, Streaming, Strided
+from headscope.plans.cache_far import Far
 from headscope.plans.cache_parts import Ring
 from headscope.plans.cache_store import LayerStore
 from headscope.scope import Scope
@@ -51,6 +52,9 @@ def scope() -> Scope:
         ("streaming", "beams"),
         ("top keys", "chunks"),
         ("budget beside dense", "one text"),
+        *[(plan, "one text") for plan in ("strided", "lines", "spans that compensate", "chosen together")],
+        *[(plan, "chunks") for plan in ("strided", "lines")],
+        ("strided", "beams"),
     ],
 )
 def test_writes_what_a_full_cache_writes(scope: Scope, plan: str, run: str) -> None:
@@ -63,7 +67,8 @@ def test_writes_what_a_full_cache_writes(scope: Scope, plan: str, run: str) -> N
     assert torch.allclose(free_logits, full_logits, atol=1e-9, rtol=0)
     assert ran.report["sparse"] > 0
     assert ran.cache is not None
-    dense = plan in ("lists", "top blocks")  # these need every key, and room to grow
+    whole = plan in ("lists", "top blocks", "chosen together", "blocks and power")  # these need every key, and room to grow
+    dense = whole or (plan in ("strided", "lines") and RUNS[run].keys() != PLAIN.keys())  # padded texts keep all, and chunks too few tokens
     assert dense or ran.cache.bytes < ran.cache.dense_bytes
 
 
@@ -137,6 +142,11 @@ def tensors(length: int, heads: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
         (Streaming(64, 256), Streaming(64, 512), Streaming(64, 256), Streaming(16, 100)),
         (Streaming(64, 256, True),) * 4,
         (Span(64, 0.1, 32), Span(64, 0.1, 32), Streaming(64, 256), Streaming(64, 256)),
+        (Span(0.0, 0.2, 4, 400, True),) * 4,
+        (Streaming(4, 400, True), Streaming(16, 300), Span(0.0, 0.1, 4, 100, True), Streaming(4, 400, True)),
+        (Strided(256, 8, 3),) * 4,
+        (Strided(256, 8, 3, sink=64), Streaming(16, 200), Strided(100, 4, 1, 64), Strided(100, 4, 1, 64)),
+        (Lines(tuple(range(0, 8000, 50)), tuple(range(0, 200, 3))),) * 4,
     ],
 )
 def test_bytes_are_the_plans_share(heads: tuple[Any, ...]) -> None:
@@ -149,6 +159,36 @@ def test_bytes_are_the_plans_share(heads: tuple[Any, ...]) -> None:
     dense = 2 * 2 * 8200 * 16 * 4
     assert store.bytes / dense <= planned / (2 * 8200) * 1.05 + 0.001
     assert store.length == 8200
+
+
+@pytest.mark.parametrize("chunks", [(50, *(1,) * 40), (7, 30, 1, 1, 20, *(1,) * 31), (90,)])
+def test_far_parts_hold_what_their_rules_name(chunks: tuple[int, ...]) -> None:
+    """After any cutting of the text: the keys of each listed place, and per head exactly what its pattern sees, each key once."""
+    patterns = (Strided(6, 3, 1, 8), Streaming(2, 12), Lines((0, 3, 20, 44, 80), (0, 1, 5, 9)), Lines((), (0, 40)))
+    part = Far((0, 1), patterns=patterns)
+    values = torch.arange(90.0)[None, None, :, None].expand(1, 2, -1, 4).contiguous()
+    length = 0
+    for count in chunks:
+        part.append(values[:, :, length : length + count], values[:, :, length : length + count], length, None)
+        length += count
+        places, bits = part.listed()
+        assert part.k is not None
+        held = part.k[0, 1, places.long(), 0].tolist()
+        row = length - 1
+        for head, (pattern, window) in enumerate(zip(patterns, part.windows, strict=True)):
+            listed = [int(key) for key, seen in zip(held, bits.tolist(), strict=True) if seen >> head & 1]
+            seen_keys = sorted(listed + list(range(max(0, length - window), length)))
+            expected = pattern.visible(torch.tensor([row]), torch.arange(length))[0].nonzero().flatten().tolist()
+            assert seen_keys == expected
+    where, at = part.before(length)
+    assert part.k[0, 0, at, 0].tolist() == where.tolist()
+    assert part.bytes < 2 * values.nbytes
+
+
+def test_padded_texts_keep_all_of_what_far_heads_see() -> None:
+    store = LayerStore((Strided(6, 3, 1, 8),) * 2 + (Streaming(2, 8),) * 2, 2, None)
+    store.append(*tensors(50), torch.tensor([3]))
+    assert {type(part).__name__ for part in store.parts} == {"Full", "Ring"}
 
 
 def test_budgets_drop_after_the_prompt() -> None:

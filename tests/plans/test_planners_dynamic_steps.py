@@ -97,6 +97,65 @@ def test_prompt_and_generated_tiles_are_chosen_apart() -> None:
     assert torch.allclose(output.double(), masked(calls[2], seen), atol=2e-5)
 
 
+def test_a_prompt_can_be_kept_whole() -> None:
+    """The same total, of which the prompt's two tiles take two."""
+    streams = ((0, 0, 48), (1, 48, 60))
+    for share, picture in ((0.3, 1), (0.55, 3)):
+        rule = HeldBlocks(share, steps=5, dense=2, block=8, prompt="all")
+        executor = StepExecutor()
+        calls = [call_of(1.0 - step / 5, 20 + step, streams=streams) for step in range(3)]
+        output = [executor.execute(call, [rule] * 4, Counter()) for call in calls][-1]
+        seen = tiles_of(calls[1], 8, [(list(range(6)), picture), ([6, 7], 2)])
+        assert output is not None
+        assert torch.allclose(output.double(), masked(calls[2], seen), atol=2e-5)
+    with pytest.raises(PlanError, match="half"):
+        HeldBlocks(0.3, 5, 2, 8, prompt="half")
+
+
+def test_dense_steps_can_be_spread_and_choose_anew() -> None:
+    """Six steps of which 0 and 3 are dense; steps 1, 2 keep the tiles of step 0, and 4, 5 those of step 3."""
+    rule = HeldBlocks(0.3, steps=6, dense=2, block=8, spread=True)
+    executor, chosen = StepExecutor(), None
+    for step in range(6):
+        call = call_of(1.0 - step / 6, 40 + step)
+        output = executor.execute(call, [rule] * 4, Counter())
+        if step in (0, 3):
+            assert output is None
+            chosen = tiles_of(call, 8, [(list(range(8)), 3)])
+        else:
+            assert output is not None
+            assert chosen is not None
+            assert torch.allclose(output.double(), masked(call, chosen), atol=2e-5)
+    assert chosen is not None
+    assert executor.density == pytest.approx(rule.density(60), abs=0.02)
+    assert [HeldBlocks(0.3, 16, 3, spread=True).dense_at(step) for step in range(16)] == [step in (0, 5, 10) for step in range(16)]
+    assert [RULE.dense_at(step) for step in range(5)] == [True, True, False, False, False]
+
+
+def test_what_is_left_out_can_be_carried_on() -> None:
+    """Entry by entry: (1 - d) times the sparse output, and what the weights outside the tiles brought when tiles were chosen."""
+    valid = torch.ones(2, 60, dtype=torch.bool)
+    valid[1, 50:] = False
+    rule = HeldBlocks(0.3, steps=5, dense=2, block=8, carry=True)
+    executor = StepExecutor()
+    calls = [call_of(1.0 - step / 5, 60 + step, key_valid=valid) for step in range(4)]
+    outputs = [executor.execute(call, [rule] * 4, Counter()) for call in calls]
+    seen = tiles_of(calls[1], 8, [(list(range(8)), 3)])
+    outside = dense(calls[1]) * ~seen
+    assert calls[1].v is not None
+    rest = (outside @ calls[1].v.double().repeat_interleave(2, 1)).transpose(1, 2)
+    share = outside.sum(-1, keepdim=True).transpose(1, 2)
+    assert share.min() > 0
+    for call, output in zip(calls[2:], outputs[2:], strict=True):
+        assert output is not None
+        assert torch.allclose(output.double(), (1 - share) * masked(call, seen) + rest, atol=2e-5)
+    again = StepExecutor()
+    same = [call_of(1.0 - step / 5, 60) for step in range(3)]  # a picture that does not change loses nothing at all
+    last = [again.execute(call, [rule] * 4, Counter()) for call in same][-1]
+    assert last is not None
+    assert torch.allclose(last.double(), masked(same[0], torch.ones_like(seen)), atol=2e-5)
+
+
 def test_a_new_run_chooses_anew_and_branches_keep_their_own() -> None:
     executor = StepExecutor()
     for run in range(2):

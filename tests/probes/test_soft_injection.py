@@ -69,11 +69,11 @@ def test_the_edit_is_a_mixture_at_the_last_token(scope, means):
     ids, _ = encoded(scope, PAIRS[0], PAIRS[1:4])
     logits = torch.linspace(-3, 3, 8, dtype=torch.float64)
     edit = Injection(logits, means, offsets(scope))
-    torch.testing.assert_close(run(scope, ids, edit), hooked(scope, ids, torch.sigmoid(logits), means), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(scope, [ids], edit)[0], hooked(scope, ids, torch.sigmoid(logits), means), rtol=1e-9, atol=1e-9)
     shut = Injection(torch.full((8,), -1000.0, dtype=torch.float64), means, offsets(scope))
-    assert torch.equal(run(scope, ids, shut), last_logits(scope, [ids])[0]), "a gate of 0 is bitwise nothing"
+    assert torch.equal(run(scope, [ids], shut)[0], last_logits(scope, [ids])[0]), "a gate of 0 is bitwise nothing"
     wide = Injection(torch.full((8,), 1000.0, dtype=torch.float64), means, offsets(scope))
-    torch.testing.assert_close(run(scope, ids, wide), hooked(scope, ids, torch.ones(8).double(), means), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(scope, [ids], wide)[0], hooked(scope, ids, torch.ones(8).double(), means), rtol=1e-9, atol=1e-9)
 
 
 def test_the_gradient_of_the_gates(scope, means):
@@ -91,7 +91,9 @@ def test_the_gradient_of_the_gates(scope, means):
 
 
 def short(**more):
-    return SoftInjection(**{"task": "plurals", "control": "past", "shots": 3, "prompts": 6, "steps": 12, "every": 3, **more})
+    return SoftInjection(
+        **{"task": "plurals", "control": "past", "shots": 3, "prompts": 6, "steps": 12, "every": 3, "form": "arrow", **more}
+    )
 
 
 @pytest.fixture
@@ -123,6 +125,7 @@ def test_the_best_validated_gates_are_kept(scope, lenient):
     assert best < 3, "this seed overshoots, so the last is not the best"
     assert torch.equal(result["soft_gate"].flatten(), torch.sigmoid(seen[best]["logits"]))
     assert result.numbers["best_step"] == table.step[best]
+    assert not result.notes, "this tokenizer begins every text with a token of its own"
 
 
 def test_steps_in_pieces_are_the_steps_of_one_optimiser(scope, means):
@@ -139,7 +142,7 @@ def test_steps_in_pieces_are_the_steps_of_one_optimiser(scope, means):
         for _ in range(3):
             question = parts["train"][int(torch.randint(len(parts["train"]), (1,), generator=draw))]
             adam.zero_grad()
-            injected_loss(scope, question, logits, means).backward()
+            injected_loss(scope, question, logits, means, "arrow").backward()
             adam.step()
         states.append(logits.detach().clone())
     best = min(range(4), key=lambda number: checks[number][1])
@@ -173,7 +176,7 @@ def test_means_are_those_of_the_last_token(scope):
     draw = work.generator(1)
     total = torch.zeros(8, 8, dtype=torch.float64)
     for number in range(6):
-        ids, _ = encoded(scope, PAIRS[number], examples(PAIRS, PAIRS[number], 3, draw))
+        ids, _ = encoded(scope, PAIRS[number], examples(PAIRS, PAIRS[number], 3, draw), "arrow")
         seen = []
         handles = [
             b.self_attn.o_proj.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0])) for b in scope.model.model.layers
@@ -208,11 +211,21 @@ def test_smollm2_learns_opposites_from_examples(smollm2):
     assert few["loss"] < none["loss"] - 3
 
 
+def test_a_question_that_stands_first_is_told(scope, lenient, monkeypatch):
+    """Without a token at the beginning of texts the form "arrow" puts the question first, and "qa" does not."""
+    whole = Scope.encode
+    monkeypatch.setattr(Scope, "encode", lambda self, text: whole(self, text)[:, 1:])
+    assert any("begins with its question" in note for note in short().run(scope).notes)
+    assert not short(form="qa").run(scope).notes
+
+
 def test_refusals(scope):
     with pytest.raises(ProbeError, match=r"it solves none of \d+ questions with 3 examples: '\w+' -> .* where .* was right"):
         short().run(scope)
     with pytest.raises(ProbeError, match="unknown task of probe 'soft_injection' 'rhymes'"):
         SoftInjection(task="rhymes")
+    with pytest.raises(ProbeError, match="unknown form of probe 'soft_injection' 'chat'"):
+        SoftInjection(form="chat")
     with pytest.raises(ProbeError, match="steps is a multiple of every"):
         SoftInjection(steps=70)
     with pytest.raises(ProbeError, match=r"8 pairs: half of them are shown"):

@@ -1,7 +1,8 @@
 """Vision probes on bundled:vlm: they agree with one another and with ablation, and CARVE finds the cell that is asked for.
 
-Ablation here gives heads the output that they have for an even gray picture (HeadMask, resample), which takes the picture away from them
-and leaves them their part in reading the question. Zero ablation takes both, so it says nothing about pictures alone.
+Ablation here gives heads, in the rows of text, the output that they have when the question stands alone (HeadMask, resample), which takes
+the picture away from them and leaves them their part in reading the question. Zero ablation takes both, so it says nothing about pictures
+alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 import headscope as hs
-from headscope.interventions import HeadMask
-from headscope.interventions.running import outputs_of
-from headscope.models.bundled import data_vlm
+from headscope.interventions import HeadSet
+from headscope.models.bundled import data_vlm, methods_vlm
 from headscope.probes import Carve, LayerStage, Vhd, VisionMass, VisualSinks
 from headscope.probes.pictures import bundled_samples, samples_of
 from headscope.probes.vhd import effect
@@ -36,17 +36,18 @@ def asked():
 
 @pytest.fixture(scope="module")
 def vhd(scope):
-    return Vhd(without="blank").run(scope, bundled_samples(16, 12, kinds=("position",)))
+    """By the paper's definition: the picture's tokens taken out."""
+    return Vhd().run(scope, bundled_samples(15, 12))
 
 
 @pytest.fixture(scope="module")
 def mass(scope):
-    return VisionMass().run(scope, bundled_samples(16, 12, kinds=("position",)))
+    return VisionMass().run(scope, bundled_samples(15, 12))
 
 
 def test_vhd_and_vision_mass_agree(vhd, mass) -> None:
-    assert spearmanr(vhd["vhd_raw"].flatten(), mass["vision_mass"].flatten())[0] > 0.6
-    assert spearmanr(vhd["vhd"].flatten(), mass["vision_mass"].flatten())[0] > 0.5
+    assert spearmanr(vhd["vhd_raw"].flatten(), mass["vision_mass"].flatten())[0] > 0.7
+    assert spearmanr(vhd["vhd"].flatten(), mass["vision_mass"].flatten())[0] > 0.7
 
 
 def batch(samples) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
@@ -55,34 +56,31 @@ def batch(samples) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], to
     return seen, blank, torch.tensor([one.wanted for one in samples])
 
 
-def test_the_top_heads_carry_the_picture_and_the_bottom_ones_do_not(scope, asked, vhd) -> None:
-    """40 % of the heads. Effect: how far the answer is from that to a gray picture (total variation), as a share of the model's own."""
-    seen, blank, wanted = batch(asked)
-
-    def answers(inputs) -> torch.Tensor:
-        return outputs_of(scope, {**inputs, "logits_to_keep": 1})[:, -1].double().softmax(-1)
-
-    def apart(a, b) -> float:
-        return float((a - b).abs().sum(-1).mean() / 2)
-
-    def right(a) -> float:
-        return float((a.argmax(-1) == wanted).double().mean())
-
-    whole, nothing = answers(seen), answers(blank)
-    assert right(whole) > 0.9
-    assert right(nothing) < 0.3
-    assert apart(whole, nothing) > 0.7
+def test_the_top_heads_carry_the_picture_and_the_bottom_ones_do_not(scope, vhd) -> None:
+    """40 % of the heads. Effect: how far the answer is from that to the question alone (total variation), as a share of the model's own;
+    mean over three kinds of question. Where a wrong guess tempts and the picture is noisy, answers go with the top heads too; they do not
+    go with random ones.
+    """
     order = vhd.top("vhd_raw", scope.topology.heads)
     count = round(0.4 * len(order))
-    left, accuracy = {}, {}
-    for name, heads in (("top", order[:count]), ("bottom", order[-count:])):
-        with scope.intervene(HeadMask.resampled(scope, blank, heads)):
-            found = answers(seen)
-        left[name], accuracy[name] = apart(found, nothing) / apart(whole, nothing), right(found)
-    assert left["top"] < 0.6
-    assert left["bottom"] > 0.8
-    assert accuracy["top"] < 0.5
-    assert accuracy["bottom"] > 0.75
+    sets = {"top": order[:count], "bottom": order[-count:], "random": list(HeadSet.random(scope, count, 0, without=HeadSet(order[:count])))}
+
+    def mean(measure, case, edit) -> float:
+        found = [measure(scope, methods_vlm.questions(kind, case, 32, 901), edit) for kind in data_vlm.GUESSED]
+        return sum(float(torch.as_tensor(one).mean()) for one in found) / len(found)
+
+    def edit_of(heads):
+        return lambda scope, inputs: [methods_vlm.unseen(scope, inputs, heads)]
+
+    left = {name: mean(methods_vlm.effect, "clean", edit_of(heads)) for name, heads in sets.items()}
+    assert left["top"] < 0.5
+    assert left["bottom"] > 0.9
+    misled = methods_vlm.HALLUCINATING
+    whole = mean(methods_vlm.right, misled, None)
+    right = {name: mean(methods_vlm.right, misled, edit_of(heads)) for name, heads in sets.items()}
+    assert right["top"] < whole - 0.3
+    assert right["bottom"] > whole - 0.15
+    assert right["random"] > right["top"] + 0.15
 
 
 def test_the_effect_of_a_picture(scope, asked) -> None:
@@ -109,7 +107,7 @@ def test_carve_finds_the_cell_that_is_asked_for(scope, asked) -> None:
     assert len(maps) == 12 * len(scope.topology.main) * data_vlm.TOKENS
     assert (maps["contrast"] > 0).all()
     late = found["carve_contrast"][len(scope.topology.main) // 2 :]
-    assert float(late.mean()) > 2 * float(found["carve_contrast"][0].mean())  # the first layer looks at much the same whatever is asked
+    assert float(late.mean()) > float(found["carve_contrast"][0].mean()) + 0.1  # the first layer looks at much the same whatever is asked
 
 
 def test_layer_stages(scope) -> None:
@@ -139,10 +137,14 @@ def test_a_picture_and_words_are_the_sample_that_they_make(scope) -> None:
 
 
 def test_visual_sinks_say_how_far_the_model_is_from_having_any(scope) -> None:
+    """The start token was given a large coordinate before training; no token of a picture has grown one."""
     found = VisualSinks(samples=3).run(scope)
-    assert found.numbers["phi_largest_visual"] < 16
+    table = found.tables["tokens"]
     assert found.numbers["visual_sink_tau"] == 5.0
-    assert (found.numbers["visual_sinks"] == 0) == (len(found.tables["tokens"][found.tables["tokens"]["visual"]]) == 0)
+    assert found.numbers["phi_largest_visual"] < 5.0
+    assert found.numbers["visual_sinks"] == 0
+    assert set(table["position"]) == {0}
+    assert not table["visual"].any()
 
 
 def test_a_killed_run_goes_on(scope, tmp_path) -> None:

@@ -46,12 +46,12 @@
 
   Viewer.prototype.set = function (change) {
     var self = this;
+    if (["plane", "scale", "planName"].some(function (name) { return name in change && change[name] !== self[name]; })) this.note.textContent = "";
     Object.keys(change).forEach(function (name) { self[name] = change[name]; });
     if ("planName" in change) {
       var name = change.planName, facts = this.facts;
       this.plan = name ? new HS.tiles.Tiles(function (b, i, j) { return facts.base + "/plan/" + encodeURIComponent(name) + "/" + b + "/" + i + "/" + j + "?v=" + facts.version; }, function () { self.schedule(); }, function (message) { self.note.textContent = message; }) : null;
     }
-    this.note.textContent = "";
     this.schedule();
   };
 
@@ -65,9 +65,11 @@
   };
 
   Viewer.prototype.resize = function () {
-    var width = this.host.clientWidth, height = this.host.clientHeight, window_ = this.view ? this.window() : this.facts.window;
-    if (!width || !height) return;
-    this.ratio = window.devicePixelRatio || 1;
+    var width = this.host.clientWidth, height = this.host.clientHeight, ratio = window.devicePixelRatio || 1, size = [width, height, ratio].join();
+    if (!width || !height || size === this.size) return;
+    var window_ = this.view ? this.window() : this.facts.window;
+    this.size = size;
+    this.ratio = ratio;
     [this.canvas, this.over].forEach(function (canvas) {
       canvas.width = Math.round(width * this.ratio);
       canvas.height = Math.round(height * this.ratio);
@@ -78,6 +80,20 @@
     var side = Math.max(Math.min(width - LEFT - RIGHT, height - TOP - BOTTOM), 40);  /* a square, so that what is under the pointer stays there */
     this.box = { x: LEFT, y: TOP, w: side, h: side };
     this.fit(whole ? [] : window_, true);
+  };
+
+  /* Goes on in another element of the page, with what it shows and holds. */
+  Viewer.prototype.moveTo = function (host) {
+    var old = this.host;
+    this.resized.disconnect();
+    ["onwheel", "onpointerdown", "onpointermove", "onpointerup", "onpointerleave", "ondblclick", "onkeydown"].forEach(function (name) { old[name] = null; });
+    old.hsViewer = null;
+    host.replaceChildren(this.canvas, this.over, this.tip, this.note);
+    this.host = host;
+    host.hsViewer = this;
+    HS.input(this);
+    this.resized.observe(host);
+    this.schedule();
   };
 
   /* Puts the box, the colour bar and the bands around what is left of the plot when the map is narrower than the panel. */

@@ -6,7 +6,7 @@
   function viewers() { return Array.prototype.slice.call(document.querySelectorAll(".viewer")).map(function (host) { return host.hsViewer; }).filter(Boolean); }
 
   function badge(host, words) {
-    var place = document.getElementById(host.dataset.badge || "map-badge");
+    var first = host.closest("#first"), name = host.dataset.badge || "map-badge", place = first ? first.querySelector('[data-id="' + name + '"]') : document.getElementById(name);
     if (!place || place.drawn === words.join("|")) return;
     place.drawn = words.join("|");
     place.replaceChildren.apply(place, words.map(function (word, at) {
@@ -17,12 +17,16 @@
     }));
   }
 
-  /* Makes (or keeps) the viewer of a place on the page. */
+  /* Makes (or keeps) the viewer of a place on the page; the one of the first page goes on where it is. */
   HS.open = function (host, facts, tell) {
-    var name = facts.base + "@" + facts.version;
-    if (!host.hsViewer || host.hsViewer.name !== name) {
+    var name = facts.base + "@" + facts.version, all = Object.assign({ badge: function (words) { badge(host, words); } }, tell), early = HS.first && HS.first.viewer;
+    if (!host.hsViewer && early && early.name === name) {
+      HS.first.viewer = null;
+      early.tell = all;
+      early.moveTo(host);
+    } else if (!host.hsViewer || host.hsViewer.name !== name) {
       if (host.hsViewer) host.hsViewer.close();
-      host.hsViewer = new HS.Viewer(host, facts, Object.assign({ badge: function (words) { badge(host, words); } }, tell));
+      host.hsViewer = new HS.Viewer(host, facts, all);
       host.hsViewer.name = name;
     }
     return host.hsViewer;
@@ -32,16 +36,21 @@
     viewer: function (facts, plane, scale, hidden, plan, token, key) {
       var host = document.getElementById("viewer");
       if (!host || !facts) return "";
-      var made = HS.open(host, facts, {
-        window: function (at) { window.dash_clientside.set_props("map-window", { data: at }); },
-        pick: function (query, at) {
-          window.dash_clientside.set_props("token", { data: query });
-          window.dash_clientside.set_props("key", { data: at });
-        }
-      });
-      var change = { plane: plane, scale: scale, hidden: !!hidden, lock: token >= 0 ? [token, key >= 0 ? key : -1] : null };
-      if ((made.planNow || "") !== (plan || "")) { made.planNow = plan || ""; change.planName = plan || ""; }
-      made.set(change);
+      var show = function () {
+        var change = { plane: plane, scale: scale, hidden: !!hidden, lock: token >= 0 ? [token, key >= 0 ? key : -1] : null }, made;
+        if (HS.first) change = HS.first.over(change);
+        if (facts.base) made = HS.open(host, facts, {
+          window: function (at) { window.dash_clientside.set_props("map-window", { data: at }); },
+          pick: function (query, at) {
+            window.dash_clientside.set_props("token", { data: query });
+            window.dash_clientside.set_props("key", { data: at });
+          }
+        });
+        if (made && (made.planNow || "") !== (plan || "")) { made.planNow = plan || ""; change.planName = plan || ""; }
+        if (made) made.set(change);
+      };
+      if (HS.first) HS.first.handOver(show);
+      else show();
       return "";
     },
 
@@ -108,6 +117,7 @@
     if (!at) return;
     if (at.dataset.pair) {
       keepHead(at.dataset.pair);
+      if (HS.first) return;
       window.dash_clientside.set_props("compare-head", { data: at.dataset.pair });
       document.querySelector(".pair-panel").scrollIntoView({ block: "nearest" });
       return;

@@ -5,11 +5,17 @@ changed places), under light strokes and noise. Digits of a picture go together:
 (0 6), (1 7), (2 5), (3 8), (4 9), so a model can answer from what usually goes together instead of from the picture. That prior is what
 hallucination is measured with: uniform pictures, and questions about the absent partner of a digit that is there.
 
+A question may carry a guess at its answer ("guess : seven ."). Guesses are right more often than not, so text alone says something: it is
+all there is to go by without a picture, what to lean on where the picture is unclear, and what a clear picture overrules. Dialogues without
+a picture are part of the training, as text is of a real model's; a model that never saw one answers them at random, and no comparison
+"with and without the picture" would mean anything.
+
 Digits are split once: every fifth is held out. Nothing is read from a network; scikit-learn carries the digits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -24,11 +30,18 @@ IMAGE = "<image>"
 PLURALS = ("zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 GLUE = tuple("question answer : ? which digit is at the how many are there a read grid yes no none .".split())  # noqa: SIM905
-WORDS = (*GLUE, *DIGITS, *PLURALS, *ROWS, *COLUMNS)
+WORDS = (*GLUE, *DIGITS, *PLURALS, *ROWS, *COLUMNS, "guess")
 PARTNER = (6, 7, 5, 8, 9, 2, 0, 1, 3, 4)
 PAIRS = ((0, 6), (1, 7), (2, 5), (3, 8), (4, 9))
 EMPTY, CLUTTER = 10, 11
 KINDS = ("position", "count", "presence", "read")
+GUESSED = ("position", "count", "presence")
+"""Kinds whose answer is one word, which can be guessed at."""
+WIDTHS = {"read": 18, "position": 14, "count": 12, "presence": 11}
+"""Words of a turn, <eos> included, without a guess."""
+GUESS_WIDTH = 4
+NOISE, NOISIEST = 0.05, 0.25
+"""Standard deviation of the usual pixel noise, and the largest of training pictures."""
 
 
 def tokenizer() -> Any:
@@ -54,6 +67,20 @@ def digits(held_out: bool, device: str = "cpu") -> tuple[torch.Tensor, torch.Ten
     return pictures[part].to(device), labels[part].to(device)
 
 
+@lru_cache(maxsize=4)
+def _by_label(held_out: bool, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(places of the digits in order of their labels, where each label begins among them, how many it has); asking a GPU for the counts at
+    every step would wait for it."""
+    labels = digits(held_out, device)[1]
+    sizes = labels.bincount(minlength=10)
+    return labels.argsort(), sizes.cumsum(0) - sizes, sizes
+
+
+@lru_cache(maxsize=4)
+def _pairs(device: str) -> torch.Tensor:
+    return torch.tensor(PAIRS, device=device)
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """pixels float32 [n, 48, 48] in [0, 1]; cells int64 [n, 9] in reading order: a digit, EMPTY or CLUTTER."""
@@ -73,7 +100,7 @@ def _rand(source: torch.Generator, *shape: int) -> torch.Tensor:
 def _cells(count: int, themed: float, source: torch.Generator) -> torch.Tensor:
     """What each of nine cells holds."""
     device = source.device
-    pairs = torch.tensor(PAIRS, device=device)[_rand(source, count, 5).argsort(1)[:, :2]].flatten(1)
+    pairs = _pairs(str(device))[_rand(source, count, 5).argsort(1)[:, :2]].flatten(1)
     theme = pairs.gather(1, (_rand(source, count, 9) * 4).long())
     free = (_rand(source, count, 9) * 10).long()
     chosen = torch.where(_rand(source, count, 1) < themed, theme, free)
@@ -83,20 +110,26 @@ def _cells(count: int, themed: float, source: torch.Generator) -> torch.Tensor:
 
 
 def scenes(
-    count: int, source: torch.Generator, *, held_out: bool = False, themed: float = 0.7, noise: float = 0.05, hide: int = 0
+    count: int,
+    source: torch.Generator,
+    *,
+    held_out: bool = False,
+    themed: float = 0.7,
+    noise: float | torch.Tensor = NOISE,
+    hide: int = 0,
+    far: float = 1.0,
 ) -> Scene:
-    """Random pictures. `noise`: standard deviation of the pixel noise; `hide`: so many digits are covered by gray blocks.
+    """Random pictures. `noise`: standard deviation of the pixel noise, one number or [n, 1, 1]; `hide`: so many digits are covered by gray
+    blocks; `far`: how much further than usual digits are turned, scaled, sheared and shifted.
 
     A covered digit stays in `cells`: naming it would be right, and naming another one is not.
     """
     device = source.device
-    pictures, labels = digits(held_out, str(device))
+    pictures, _ = digits(held_out, str(device))
     cells = _cells(count, themed, source)
     wanted = torch.where(cells < 10, cells, (_rand(source, count, 9) * 10).long())
     # A random picture of the wanted digit: sorted by label, then an offset within the label.
-    order = labels.argsort()
-    sizes = labels.bincount(minlength=10)
-    firsts = sizes.cumsum(0) - sizes
+    order, firsts, sizes = _by_label(held_out, str(device))
 
     def pick() -> torch.Tensor:
         return pictures[order[firsts[wanted] + (_rand(source, count, 9) * sizes[wanted]).long()]]
@@ -109,7 +142,7 @@ def scenes(
     mixed = mixed.unflatten(2, (2, 2)).permute(0, 1, 2, 4, 3, 5).reshape(count, 9, 8, 8)
     glyphs = torch.where((cells == CLUTTER)[..., None, None], mixed, glyphs)
     glyphs = glyphs * (cells != EMPTY)[..., None, None]
-    drawn = _place(glyphs.flatten(0, 1), source).unflatten(0, (count, 9))
+    drawn = _place(glyphs.flatten(0, 1), source, far).unflatten(0, (count, 9))
     if hide:
         spots = (_rand(source, count, 9) + (cells >= 10)).argsort(1)[:, :hide]
         block = 0.5 * (_rand(source, count, hide, CELL, CELL) < 0.9)
@@ -120,12 +153,12 @@ def scenes(
     return Scene(whole.clamp(0, 1), cells)
 
 
-def _place(glyphs: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """8 x 8 digits [n, 8, 8], turned, scaled, sheared and shifted a little, in cells [n, 16, 16]."""
+def _place(glyphs: torch.Tensor, source: torch.Generator, far: float) -> torch.Tensor:
+    """8 x 8 digits [n, 8, 8], turned, scaled, sheared and shifted a little, `far` times as much as usual, in cells [n, 16, 16]."""
     count = len(glyphs)
 
     def spread(width: float) -> torch.Tensor:
-        return width * (2 * _rand(source, count) - 1)
+        return far * width * (2 * _rand(source, count) - 1)
 
     angle, shear = spread(0.2), spread(0.15)
     across, along = 1.12 + spread(0.12), 1.12 + spread(0.12)
@@ -163,53 +196,103 @@ def _line(count: int, words: list[Any], device: torch.device | str) -> torch.Ten
     return torch.stack([torch.full((count,), table[word], device=device) if isinstance(word, str) else word for word in words], dim=1)
 
 
-def turn(kind: str, scene: Scene, source: torch.Generator, *, adversarial: bool = False) -> Turn:
-    """A question of a kind about each picture. `adversarial`: presence questions about the partner of a digit, half of them absent."""
+def turn(kind: str, scene: Scene, source: torch.Generator, *, adversarial: bool = False, guess: float | None = None) -> Turn:
+    """A question of a kind about each picture. `adversarial`: presence questions about the partner of a digit, half of them absent.
+
+    `guess`: the share of questions whose guess is right, 0 to 1; None: the question carries none. ValueError for a guess at a whole grid.
+    """
     table, cells = ids_of(), scene.cells
     count, device = len(cells), cells.device
     zero, plural = table[DIGITS[0]], table[PLURALS[0]]
     seen = torch.where(cells < 10, cells + zero, table["none"])
     if kind == "read":
+        if guess is not None:
+            raise ValueError(f"guess={guess}: only answers of one word are guessed at ({', '.join(GUESSED)})")
         words = ["question", ":", "read", "the", "grid", "?", "answer", ":", *seen.unbind(1), EOS]
         return Turn(_line(count, words, device), tuple(range(8, 18)))
     if kind == "position":
         lucky = _rand(source, count, 9) + 0.6 * ((cells < 10) & (_rand(source, count, 1) < 0.6))
-        spot = lucky.argmax(1)
-        answer = seen.gather(1, spot[:, None])[:, 0]
-        row, column = table["top"] + spot // 3, table["left"] + spot % 3
-        words = ["question", ":", "which", "digit", "is", "at", "the", row, column, "?", "answer", ":", answer, EOS]
-        return Turn(_line(count, words, device), (12, 13), spot)
-    counts = scene.counts()
-    there = (counts > 0).float()
-    want = (_rand(source, count) < (0.5 if kind == "presence" else 0.7))[:, None]
-    chance = torch.where(want, there, 1 - there)
-    if adversarial:
-        near = there[:, torch.tensor(PARTNER, device=device)]
-        chance = torch.where(want, chance, chance * near + 1e-6 * chance)
-    digit = (chance * _rand(source, count, 10) + 1e-9 * _rand(source, count, 10)).argmax(1)
-    number = counts.gather(1, digit[:, None])[:, 0]
-    if kind == "count":
-        words = ["question", ":", "how", "many", plural + digit, "are", "there", "?", "answer", ":", zero + number, EOS]
-        return Turn(_line(count, words, device), (10, 11), digit)
-    truth = torch.where(number > 0, table["yes"], table["no"])
-    words = ["question", ":", "is", "there", "a", zero + digit, "?", "answer", ":", truth, EOS]
-    return Turn(_line(count, words, device), (9, 10), digit)
+        asked = lucky.argmax(1)
+        truth = seen.gather(1, asked[:, None])[:, 0]
+        row, column = table["top"] + asked // 3, table["left"] + asked % 3
+        words = ["question", ":", "which", "digit", "is", "at", "the", row, column, "?"]
+    else:
+        counts = scene.counts()
+        there = (counts > 0).float()
+        want = (_rand(source, count) < (0.5 if kind == "presence" else 0.7))[:, None]
+        chance = torch.where(want, there, 1 - there)
+        if adversarial:
+            near = there[:, torch.tensor(PARTNER, device=device)]
+            chance = torch.where(want, chance, chance * near + 1e-6 * chance)
+        asked = (chance * _rand(source, count, 10) + 1e-9 * _rand(source, count, 10)).argmax(1)
+        number = counts.gather(1, asked[:, None])[:, 0]
+        if kind == "count":
+            truth = zero + number
+            words = ["question", ":", "how", "many", plural + asked, "are", "there", "?"]
+        else:
+            truth = torch.where(number > 0, table["yes"], table["no"])
+            words = ["question", ":", "is", "there", "a", zero + asked, "?"]
+    if guess is not None:
+        words += ["guess", ":", _guesses(kind, truth, guess, source), "."]
+    place = len(words) + 2
+    return Turn(_line(count, [*words, "answer", ":", truth, EOS], device), (place, place + 1), asked)
 
 
-def dialogue(kinds: list[str], scene: Scene, source: torch.Generator, *, adversarial: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels) int64 [n, length]: <bos>, 36 image tokens, then one turn per kind. Labels are -100 except on answers."""
+def _guesses(kind: str, truth: torch.Tensor, share: float, source: torch.Generator) -> torch.Tensor:
+    """Word ids [n]: the truth in a share of cases, a wrong word that could have been right in the others (a number one off, any digit)."""
+    table = ids_of()
+    zero = table[DIGITS[0]]
+    if kind == "presence":
+        wrong = table["yes"] + table["no"] - truth
+    elif kind == "count":
+        number = truth - zero
+        wrong = zero + torch.where((_rand(source, len(truth)) < 0.5) & (number > 0) | (number == 9), number - 1, number + 1)
+    else:
+        place = torch.where(truth == table["none"], 10, truth - zero)
+        other = (place + 1 + (_rand(source, len(truth)) * 10).long()) % 11
+        wrong = torch.where(other == 10, table["none"], other + zero)
+    return torch.where(_rand(source, len(truth)) < share, truth, wrong)
+
+
+def dialogue(
+    kinds: Sequence[str],
+    scene: Scene,
+    source: torch.Generator,
+    *,
+    adversarial: bool = False,
+    guesses: Sequence[float | None] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels) int64 [n, length]: <bos>, 36 image tokens, then one turn per kind. Labels are -100 except on answers.
+
+    `guesses`: per turn, as `turn` takes it; none by default.
+    """
     count, device = len(scene.cells), scene.cells.device
     table = ids_of()
     head = torch.full((count, 1 + TOKENS), table[IMAGE], device=device)
     head[:, 0] = table[BOS]
     ids, labels = [head], [torch.full_like(head, -100)]
-    for kind in kinds:
-        made = turn(kind, scene, source, adversarial=adversarial)
+    for kind, guess in zip(kinds, guesses or [None] * len(kinds), strict=True):
+        made = turn(kind, scene, source, adversarial=adversarial, guess=guess)
         label = torch.full_like(made.ids, -100)
         label[:, list(made.answers)] = made.ids[:, list(made.answers)]
         ids.append(made.ids)
         labels.append(label)
     return torch.cat(ids, 1), torch.cat(labels, 1)
+
+
+def without_picture(ids: torch.Tensor) -> torch.Tensor:
+    """The ids of dialogues [n, length], their image tokens taken out: [n, length - 36]."""
+    return torch.cat([ids[:, :1], ids[:, 1 + TOKENS :]], 1)
+
+
+def layout(kinds: Sequence[str], guesses: Sequence[float | None]) -> list[tuple[int, int]]:
+    """(first, end) column of each turn in a dialogue."""
+    out, place = [], 1 + TOKENS
+    for kind, guess in zip(kinds, guesses, strict=True):
+        width = WIDTHS[kind] + (0 if guess is None else GUESS_WIDTH)
+        out.append((place, place + width))
+        place += width
+    return out
 
 
 def pixel_values(pixels: torch.Tensor) -> torch.Tensor:

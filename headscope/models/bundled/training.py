@@ -104,10 +104,14 @@ class Trainer:
 
     def step(self, loss: torch.Tensor, progress: float | None = None) -> None:
         """Back-propagates a scalar loss and moves the weights, at the rate of `progress` (the run's own by default)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * self.factor(self.progress if progress is None else progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.move(progress)
+
+    def move(self, progress: float | None = None) -> None:
+        """Moves the weights along the gradients that they hold; see `step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * self.factor(self.progress if progress is None else progress)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         self.done += 1

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,18 @@ from headscope.plans.dynamic import Budget, TopBlocks, VerticalSlash
 from headscope.plans.dynamic_rules import Choosing
 from headscope.plans.patterns import Dense, Pattern
 from headscope.plans.plan import Place, SparsePlan
-from headscope.plans.planners.allocation import Options, allocate
+from headscope.plans.planners.allocate_others import others
+from headscope.plans.planners.allocate_refine import Refiner
+from headscope.plans.planners.allocate_solve import solved
 from headscope.plans.planners.base import Evidence, Planner, Requires, largest, whole
-from headscope.plans.planners.trial import Trials, best
+from headscope.plans.planners.trial import Trials, best, grown
 from headscope.plans.registry import pattern_from
 
+if TYPE_CHECKING:
+    from headscope.probes.pattern_cost import Kind
+
 OBJECTIVES = ("squares", "margin", "error", "norm", "mass")
+AIMS = ("both", "recall", "prose")
 TABLE = "pattern_cost.candidates"
 WINDOWS = 0.4
 """Share of the cache from which a plan that is not tried out takes windows alone: keys chosen once may miss what a later step needs."""
@@ -38,25 +44,34 @@ class Allocate(Planner):
     - "error": sum over rows of ||delta W_O||^2, what it does to the residual stream; "norm": its root;
     - "mass": the attention weight left out.
 
-    Squares are right where heads err independently, roots where heads that do the same err together. Which holds is not known beforehand:
-    with a live model, "auto" makes the plan of every objective, and of the largest budget or choice that all heads can have at once, runs
-    each on `trials` texts of each kind that nothing was measured on, and takes the one that costs fewest nats; without, it takes "squares"
-    for density and "error" for cache, where from a cache of 0.4 on it takes no budgets of chosen keys.
+    Squares are right where heads err independently, roots where heads that do the same err together; which holds is not known beforehand.
+    So with a live model, "auto" only begins with these. It makes the plan of every objective, of the largest budget or choice that all
+    heads can have at once, and of every other planner that keeps the same bounds and whose measurements are there; runs each on texts that
+    nothing was measured on; and keeps the one under which the model stays closest to itself (Kullback-Leibler divergence, see `trial`; the
+    worse half is left out after each text). From there it goes on by what the plan itself shows: `rounds` times at most, every candidate of
+    every head, and what the second best plan gives it, is weighed again under the plan, and the budget shared out anew (`allocate_refine`).
+    Without a live model, "auto" takes "squares" for density and "error" for cache, where from a cache of 0.4 on it takes no budgets of
+    chosen keys.
 
-    Every kind of text weighs the same, by its loss when every head has its worst candidate. Heads that share keys are planned together
-    where `cache` is given, since a key head costs what its neediest query head keeps; rules that choose keys in the prefill and keep all
-    of them are then left out, and budgets of keys chosen at its end come in. `dynamic` and `compensate`: whether such rules, and windows
-    with a compensation token, may be taken (the latter by density alone: its sums are made from keys that the cache then holds). Without a
-    bound, density is 0.25.
+    Every kind of text weighs the same, by its loss when every head has its worst candidate. Bounds on density are judged on recall and on
+    prose that is read, bounds on the cache on recall and on prose that is written, both bounds on all three. `aim`: what the plan must
+    keep, where a model can do both: finding what was said, writing prose, or each as much as the other. Heads that share keys are planned
+    together where `cache` is given, since a key head costs what its neediest query head keeps; rules that choose keys in the prefill and
+    keep all of them are then left out, and budgets of keys chosen at its end come in. `dynamic` and `compensate`: whether such rules, and
+    windows with a compensation token, may be taken (the latter by density alone: its sums are made from keys that the cache then holds).
+    `others`: whether other planners' plans are tried. `trials`: texts of each kind. Without a bound, density is 0.25.
 
     Windows of an eighth of the text and more, columns, diagonals and budgets grow with the text; shorter windows are tokens. So a plan for
     longer texts than were measured keeps the shares, and is as good as the assumption that heads look as far back in proportion.
     """
 
     objective: Literal["auto", "squares", "margin", "error", "norm", "mass"] = "auto"
+    aim: Literal["both", "recall", "prose"] = "both"
     dynamic: bool = True
     compensate: bool = False
     trials: int = 3
+    rounds: int = 2
+    others: bool = True
 
     name: ClassVar[str] = "allocate"
     source: ClassVar[str] = "headscope"
@@ -65,7 +80,10 @@ class Allocate(Planner):
     def check(self) -> None:
         if self.objective not in ("auto", *OBJECTIVES):
             raise unknown_name(PlanError, "objective", self.objective, ("auto", *OBJECTIVES))
+        if self.aim not in AIMS:
+            raise unknown_name(PlanError, "aim", self.aim, AIMS)
         whole(self.name, "trials", self.trials, 1)
+        whole(self.name, "rounds", self.rounds)
 
     def choose(self, evidence: Evidence) -> Mapping[Place, Pattern]:
         if not evidence.bounded:
@@ -82,15 +100,34 @@ class Allocate(Planner):
         if evidence.cache is not None and self.dynamic:
             made |= {f"{name}, windows alone": replace(self, dynamic=False)._solve(evidence, name) for name in ("squares", "error")}
         made |= self._uniform(evidence)
-        plans = [SparsePlan(evidence.model, patterns) for patterns in made.values()]
-        at, costs = best(Trials.of(evidence.scope, evidence.length, self.trials), plans)
-        tried = ", ".join(f"{name} {cost:.4g}" for name, cost in zip(made, costs, strict=True))
-        taken = list(made)[at]
-        evidence.note(f"took {taken}; nats per token lost on held-out texts: {tried}")
-        return made[taken]
+        made |= others(evidence) if self.others else {}
+        kinds = self._kinds(evidence)
+        judge = Trials.of(evidence.scope, evidence.length, self.trials, kinds=kinds)
+        order, losses = best(judge, list(made.values()))
+        names = list(made)
+        tried = ", ".join(f"{names[at]} {_told(losses[at])}" for at in order)
+        evidence.note(f"of the plans tried, {names[order[0]]} keeps the model closest to itself; nats per token lost: {tried}")
+        start, second = made[names[order[0]]], made[names[order[min(1, len(order) - 1)]]]
+        if not self.rounds:
+            return start
+        patterns, _ = self.losses(evidence, "mass")
+        usable = self._usable(next(iter(patterns.values())), self.dynamic, cache=evidence.cache is not None)
+        candidates = {place: [listed[at] for at in usable] for place, listed in patterns.items()}
+        fit = Trials.of(evidence.scope, evidence.length, self.trials, kinds=kinds, part=1)
+        refiner = Refiner(fit, judge, candidates, lambda lists, values: solved(evidence, lists, values))
+        found, scores = refiner.refined(dict(start), second, self.rounds)
+        lost = " -> ".join(f"{math.exp(one):.4g}" for one in scores)
+        evidence.note(f"shared out anew under the plan, {max(0, len(scores) - 1)} times: {lost} nats per token")
+        return found
+
+    def _kinds(self, evidence: Evidence) -> tuple[Kind, ...]:
+        """What the plan is judged on."""
+        read: tuple[Kind, ...] = () if evidence.density is None else ("prose",)
+        prose: tuple[Kind, ...] = (*read, *(() if evidence.cache is None else ("written",)))  # type: ignore[arg-type]
+        return {"both": ("recall", *prose), "recall": ("recall",), "prose": prose}[self.aim]
 
     def _uniform(self, evidence: Evidence) -> dict[str, dict[Place, Pattern]]:
-        """Of each kind of choice the largest that all heads can have at once: what allocating has to beat."""
+        """Of each kind of choice the largest that all heads can have at once."""
         patterns, _ = self.losses(evidence, "mass")
         first = next(iter(patterns.values()))
         found: dict[str, tuple[float, dict[Place, Pattern]]] = {}
@@ -113,15 +150,17 @@ class Allocate(Planner):
 
     def _solve(self, evidence: Evidence, objective: str) -> dict[Place, Pattern]:
         patterns, losses = self.losses(evidence, objective)
-        if evidence.cache is None:
-            return self._by_head(evidence, patterns, losses)
-        return self._by_group(evidence, patterns, losses)
+        usable = self._usable(next(iter(patterns.values())), self.dynamic, cache=evidence.cache is not None)
+        listed = {place: [one[at] for at in usable] for place, one in patterns.items()}
+        return solved(evidence, listed, {place: one[usable] for place, one in losses.items()})
 
     def losses(self, evidence: Evidence, objective: str) -> tuple[dict[Place, list[Pattern]], dict[Place, np.ndarray]]:
         """(layer, head) -> (its candidates, the loss of each [n]); the last candidate is dense and loses nothing. Choices made per input
         carry the share of entries that they were measured to keep at that head.
         """
         table = evidence.table(TABLE)
+        wanted = set(self._kinds(evidence)) & set(table["kind"])
+        table = table[table["kind"].isin(wanted)] if wanted else table
         if "kept" not in table.columns:
             raise refusal(PlanError, TABLE, "it was measured by an older version, without kept shares", "run probe pattern_cost again")
         words = list(dict.fromkeys(table["pattern"]))
@@ -149,52 +188,11 @@ class Allocate(Planner):
             listed[place] = [*(expecting(one, share) for one, share in zip(patterns, shares, strict=True)), Dense()]
         return listed, found
 
-    def _by_head(
-        self, evidence: Evidence, patterns: Mapping[Place, list[Pattern]], losses: Mapping[Place, np.ndarray]
-    ) -> dict[Place, Pattern]:
-        usable = self._usable(next(iter(patterns.values())), self.dynamic, cache=False)
-        items = []
-        for place in evidence.model.places:
-            density = np.array([patterns[place][at].density(evidence.length) for at in usable])
-            items.append(Options(losses[place][usable], density[None]))
-        assert evidence.density is not None
-        taken = allocate(items, [evidence.density * len(items)])
-        return {place: patterns[place][usable[at]] for place, at in zip(evidence.model.places, taken, strict=True)}
-
     def _usable(self, patterns: list[Pattern], dynamic: bool, *, cache: bool) -> list[int]:
         """Numbers of the candidates that may be taken: rules that choose keys once and drop the others save memory, the others compute."""
         allowed = [(self.compensate and not cache) or not getattr(one, "compensate", False) for one in patterns]
         saving = [one.static or (dynamic and isinstance(one, Budget) == cache) for one in patterns]
         return [at for at in range(len(patterns)) if saving[at] and allowed[at]]
-
-    def _by_group(
-        self, evidence: Evidence, patterns: Mapping[Place, list[Pattern]], losses: Mapping[Place, np.ndarray]
-    ) -> dict[Place, Pattern]:
-        first = next(iter(patterns.values()))
-        usable = self._usable(first, self.dynamic, cache=True)
-        density = np.array([first[at].density(evidence.length) for at in usable])
-        cached = np.array([first[at].cached(evidence.length) for at in usable]) / evidence.length
-        dims = dict(zip(evidence.model.layers, evidence.model.head_dim, strict=True))
-        total = sum(dims[layer] for layer, _ in evidence.groups)
-        items = []
-        for group in evidence.groups:
-            members = evidence.members(*group)
-            loss = np.sum([losses[place][usable] for place in members], 0)
-            rows = [cached * dims[group[0]] / total, density * len(members) / len(evidence.model.places)]
-            items.append(Options(loss, np.stack(rows if evidence.density is not None else rows[:1])))
-        budgets = [evidence.cache, *([evidence.density] if evidence.density is not None else [])]
-        taken = allocate(items, [float(one or 0.0) for one in budgets])
-        out: dict[Place, Pattern] = {}
-        for group, at in zip(evidence.groups, taken, strict=True):
-            out |= dict.fromkeys(evidence.members(*group), first[usable[at]])
-        return out
-
-
-def grown(pattern: Pattern, growth: float) -> Pattern:
-    """A rule that counts keys, for texts `growth` times as long as those that it was measured on."""
-    if isinstance(pattern, VerticalSlash):
-        return replace(pattern, vertical=round(pattern.vertical * growth), slash=round(pattern.slash * growth))
-    return replace(pattern, keep=round(pattern.keep * growth)) if isinstance(pattern, Budget) else pattern
 
 
 def expecting(pattern: Pattern, share: float) -> Pattern:
@@ -202,6 +200,10 @@ def expecting(pattern: Pattern, share: float) -> Pattern:
     if isinstance(pattern, VerticalSlash | TopBlocks | Choosing):
         return replace(pattern, expected=min(1.0, max(1e-4, math.ceil(share * 1e4) / 1e4)))
     return pattern
+
+
+def _told(losses: Mapping[Kind, float]) -> str:
+    return "/".join(f"{one:.4g}" for one in losses.values())
 
 
 def _values(table: pd.DataFrame, objective: str) -> np.ndarray:

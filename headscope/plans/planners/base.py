@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from headscope.profile import HeadProfile
     from headscope.scope import Scope
 
-    Source = Scope | HeadProfile | PlanModel
+    Source: TypeAlias = Scope | HeadProfile | PlanModel
     """What a plan can be made from; a PlanModel (a shape alone) is enough for methods that measure nothing."""
 
 T_ = TypeVar("T_")
