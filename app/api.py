@@ -44,6 +44,7 @@ def install(server: flask.Flask) -> None:
     server.add_url_rule(f"{head}/column/<int:key>", "hs_column", column)
     server.add_url_rule("/api/run/<run>/tokens/<int:page>", "hs_tokens", tokens)
     server.add_url_rule("/api/run/<run>/facts", "hs_facts", facts)
+    server.add_url_rule("/api/<path:rest>", "hs_unknown", unknown)
     server.register_error_handler(HeadscopeError, refused)
 
 
@@ -52,6 +53,11 @@ def served() -> Served:
     found = flask.current_app.extensions[_KEY]
     assert isinstance(found, Served)
     return found
+
+
+def unknown(rest: str) -> flask.typing.ResponseReturnValue:
+    """An address under /api/ that is none of ours; without this one the page's own HTML would answer, with status 200."""
+    return flask.Response(f"/api/{rest}: there is no such address; see headscope.app.api for those there are\n", 404, mimetype="text/plain")
 
 
 def refused(error: Exception) -> flask.typing.ResponseReturnValue:

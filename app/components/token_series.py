@@ -17,6 +17,7 @@ from headscope.app.runs import Run
 from headscope.statistics import DEFINITIONS
 
 POINTS = 2048  # a plot is about 1,000 pixels wide, and each stretch keeps two
+HEADING = 20  # pixels above each plot for its title, which would lie on the curve inside it
 PLOT_HEIGHT = 84
 _COLOURS = {"light": "#2c7a96", "dark": "#5cc3d8"}
 
@@ -75,10 +76,11 @@ def series_figure(run: Run, layer: int, head: int, names: list[str], scheme: the
         )
         return empty(why, {**base, "height": 120})
     palette = theme.PALETTES[scheme]
-    gap = 0.045
+    gap = HEADING / (len(names) * PLOT_HEIGHT)
     share = (1 - gap * (len(names) - 1)) / len(names)
     traces: list[dict[str, Any]] = []
     figure_layout: dict[str, Any] = {**base, "height": figure_height(len(names)), "annotations": []}
+    figure_layout["margin"] = {**base.get("margin", {}), "t": HEADING}
     length = 0
     for index, name in enumerate(names):
         values = values_of(run, name, layer, head)
@@ -142,7 +144,7 @@ def _heading(name: str, values: np.ndarray, ceiling: float | None, top: float, p
         "xref": "paper",
         "yref": "paper",
         "xanchor": "left",
-        "yanchor": "top",
+        "yanchor": "bottom",
         "showarrow": False,
         "font": {"size": 11.5, "color": palette.text},
         "bgcolor": _shade(palette.panel),
@@ -163,7 +165,7 @@ def plot_ceiling(values: np.ndarray) -> float | None:
 
 def figure_height(plots: int) -> int:
     """Pixels for so many plots."""
-    return max(plots, 1) * PLOT_HEIGHT + 62
+    return max(plots, 1) * PLOT_HEIGHT + 54 + HEADING
 
 
 def chosen_token(token: int | None, colour: str) -> list[dict[str, Any]]:

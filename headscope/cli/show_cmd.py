@@ -113,6 +113,11 @@ def print_profile(profile: HeadProfile, top: int) -> None:
         names = ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
         why = profile.why(*heads[0], role) if heads else ""
         rows.append((role, profile.count(role), names, why))
+    if not any(count for _, count, *_ in rows):
+        out.print(
+            f"no head has a role; metrics of this run: {', '.join(profile.metrics)} (`headscope show RUN --metric NAME` ranks by one)"
+        )
+        return
     table("heads by role (layer.head, strongest first)", ["role", "heads", f"top {top}", "why the first"], rows, ["heads"])
 
 

@@ -100,11 +100,14 @@ class RunCard:
             f"{model['dtype']} on {model['device']}"
         ]
         for row in self.data:
-            out.append(f"text    {row['kind']}: {row['sequences']} x {row['tokens']} tokens of {row['name']} (sha256 {row['sha256'][:12]})")
+            out.append(
+                f"text    {row['kind']}: {row['sequences']} x {row['tokens']} tokens of {row['name']} "
+                + (f" (sha256 {row['sha256'][:12]})" if row["sha256"] else "")
+            )
         kernels = ", ".join(self.attention_kernels) or "unknown"
-        out.append(
-            f"kernels attention {kernels}, statistics {self.statistics_kernel}; {self.seconds.get('total', 0.0):.0f} s; {self.created[:16]}"
-        )
+        took = f"{self.seconds['total']:.0f} s; " if self.seconds.get("total") else ""
+        statistics = f", statistics {self.statistics_kernel}" if self.statistics_kernel else ""
+        out.append(f"kernels attention {kernels}{statistics}; {took}{self.created[:16]}")
         if self.numbers:
             out.append("numbers " + ", ".join(f"{name} {value:.3f}" for name, value in self.numbers.items()))
         out += [f"changed by {row.get('name')}: {row.get('what', '')}" for row in self.interventions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -269,3 +270,8 @@ def test_version(headscope):
 
     code, printed, _ = headscope("--version")
     assert (code, printed.strip()) == (0, hs.__version__)
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "headscope", "formats", "--json"], capture_output=True, text=True, check=True)
+    assert "duo-attention" in done.stdout
