@@ -26,9 +26,20 @@ _ROUTER: dict[str, Any] = {"pathname_": Annotated[str, Field(pattern="^/")], "se
 class Dashboard(dash.Dash):
     """`dash.Dash` with the first paint (see `first_paint`) and typed callbacks."""
 
-    def interpolate_index(self, **parts: str) -> str:  # type: ignore[override]
+    def interpolate_index(
+        self,
+        metas: str = "",
+        title: str = "",
+        css: str = "",
+        config: str = "",
+        scripts: str = "",
+        app_entry: str = "",
+        favicon: str = "",
+        renderer: str = "",
+    ) -> str:
         """The document of a request."""
-        return first_paint.document(self, parts)
+        parts = {"metas": metas, "title": title, "css": css, "config": config, "scripts": scripts}
+        return first_paint.document(self, {**parts, "app_entry": app_entry, "favicon": favicon, "renderer": renderer})
 
     def callback(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """As in Dash; the function is only called with values of the types that it declares."""

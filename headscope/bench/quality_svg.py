@@ -189,7 +189,7 @@ def places_of(panel: Panel) -> dict[str, tuple[float, float]]:
     """Where each method's name begins, on its baseline. The names move in turn until none can do better, a few rounds at most."""
     options = {name: _options(panel, name, points) for name, points in panel.lines.items()}
     fixed = {name: [_cost_of_lines(panel, name, box) for _, _, box in listed] for name, listed in options.items()}
-    chosen = {name: min(range(len(listed)), key=lambda at, name=name: fixed[name][at]) for name, listed in options.items()}  # type: ignore[misc]
+    chosen = {name: costs.index(min(costs)) for name, costs in fixed.items()}
     for _ in range(6):
         for name, listed in options.items():
             others = [options[other][chosen[other]][2] for other in options if other != name]

@@ -123,7 +123,8 @@ class Allocate(Planner):
     def _kinds(self, evidence: Evidence) -> tuple[Kind, ...]:
         """What the plan is judged on."""
         read: tuple[Kind, ...] = () if evidence.density is None else ("prose",)
-        prose: tuple[Kind, ...] = (*read, *(() if evidence.cache is None else ("written",)))  # type: ignore[arg-type]
+        written: tuple[Kind, ...] = () if evidence.cache is None else ("written",)
+        prose = (*read, *written)
         return {"both": ("recall", *prose), "recall": ("recall",), "prose": prose}[self.aim]
 
     def _uniform(self, evidence: Evidence) -> dict[str, dict[Place, Pattern]]:
