@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TITLE = "Plan · headscope"
 BOUNDS = {"density": "compute", "cache": "KV cache"}
+ROUND = "Round what the engine cannot express"
 
 
 def first(run: str = "", **_query: object) -> Component:
@@ -216,7 +217,7 @@ def _export(query: dict[str, object]) -> Component:
                 ],
                 className="plan-export-row",
             ),
-            dmc.Checkbox(id="plan-lossy", label="Round what the engine cannot express", checked=False, size="sm"),
+            dmc.Checkbox(id="plan-lossy", label=ROUND, checked=False, size="sm"),
             html.Div(format_facts(name), id="plan-format-facts"),
             html.Div(id="plan-report"),
         ],
@@ -302,13 +303,16 @@ def export(
     _: int | None, run: str, method: str | None, bound: str, share: int | None, length: str, name: str, lossy: bool
 ) -> tuple[Any, Component]:
     """Callback: the archive and its report, or why it was refused."""
+    from headscope.export.base import LOSSY
+
     opened = context.open_run(run)
     try:
         tokens = int(length) if isinstance(length, str) and length.isdecimal() and len(length) < 10 else lengths_of(opened)[-1]
         plan = make(opened, str(method), bound, (share if isinstance(share, int) else 50) / 100, tokens)
         content, report = export_zip(plan, opened, name, lossy=bool(lossy), length=tokens)
     except HeadscopeError as error:
-        return no_update, html.Div([icon("warning"), html.P(str(error))], className="live-failed", role="alert")
+        told = str(error).replace(LOSSY, f'"{ROUND}" ticked').replace(" (headscope formats)", "")
+        return no_update, html.Div([icon("warning"), html.P(told)], className="live-failed", role="alert")
     changed = len(report.changed)
     line = "Every head is written as planned." if not changed else f"{changed} of {len(report.heads)} heads were rounded."
     return (

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from headscope.profile import HeadProfile
 
 
+LOSSY = "lossy=True (--lossy)"
+"""What a refusal advises; a page that has a box for it says so instead."""
+
+
 @dataclass
 class Export:
     """What `encode` works from: the fitted plan or the scores, and what it adds: `numbers`, `notes` and `facts` for the report."""
@@ -147,9 +151,7 @@ class Format(ABC):
             self._numbers(export, asked)
         refused = [one for one in heads if one.changed]
         if export.obstacles and not lossy:
-            raise refusal(
-                ExportError, f"{export.model.name} as {self.name}", export.obstacles[0], "export it anyway with lossy=True (--lossy)"
-            )
+            raise refusal(ExportError, f"{export.model.name} as {self.name}", export.obstacles[0], f"export it anyway with {LOSSY}")
         if refused and not lossy:
             raise self._refused(refused, len(heads))
         if asked is not None:
@@ -242,7 +244,7 @@ class Format(ABC):
             ExportError,
             f"head {first.layer}.{first.head} with {first.asked} as {self.name}",
             f"it would become {first.written} ({first.why}{others})",
-            "round it with lossy=True (--lossy), or choose another format (headscope formats)",
+            f"round it with {LOSSY}, or choose another format (headscope formats)",
         )
 
     # ---- reading ------------------------------------------------------------------------------------------------

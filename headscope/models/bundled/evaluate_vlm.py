@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from headscope.models.bundled import data_vlm as data
 from headscope.models.bundled.ablation import Head, ablated, search
 from headscope.models.bundled.card import heads_table, load, training_lines, write
+from headscope.models.bundled.train_vlm import MIDDLE
 from headscope.models.bundled.training import generator, say, write_json
 
 SEED = 777
@@ -245,6 +246,10 @@ Large models rest idle heads on their first token; a model this small, trained t
 training, not in the data, give it that habit: the first coordinate of the embedding of `<bos>` starts out large, and from a fifth of the
 run on attention that is not on `<bos>` has a small price (`--start`, `--look`). Where a head still looks, it needs to.
 
+Large models read a picture in their middle layers, from the row that writes the answer, which is the row that probes of vision heads look
+at. After the first run this model read it from the words of the question too, in its first layer. In a second run, in which the tower
+stays as it is, looking at the picture from other rows, or in other layers than {" and ".join(map(str, MIDDLE))}, has a price (`--astray`).
+
 ## Numbers
 Whole answers right, {found["pictures"]} held-out pictures each. "noise" and "gray": the picture is replaced by uniform noise, or by gray;
 "removed": the question stands alone. "constant": what always giving the commonest answer gets.
@@ -307,7 +312,27 @@ guesses, wrong ones about clear pictures). Options were chosen on other question
 | method | options | {" | ".join(data.GUESSED)} | worst elsewhere |
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(lines)}
+
+Heads by VHD (the mean over questions of all kinds), given what they would write of the question alone: what they leave of the picture's
+effect on the answer, as a share (total variation from the answers to the question alone).
+
+| heads | which | {" | ".join(data.GUESSED)} |
+| --- | --- | --- | --- | --- |
+{chr(10).join(_left(found["ablation"]))}
 """
+
+
+def _left(found: dict[str, Any]) -> Iterator[str]:
+    """Rows of the table of what heads leave of a picture's effect."""
+    for title, sets in found.items():
+        if not title.endswith("unseen"):
+            continue
+        count = title.partition(" ")[0]
+        for name in ("top", "bottom"):
+            yield f"| {count} | {name} | " + " | ".join(f"{sets[name]['effect'][kind]:.2f}" for kind in data.GUESSED) + " |"
+        drawn = [one["effect"] for name, one in sets.items() if name.startswith("random")]
+        ranges = (f"{min(one[kind] for one in drawn):.2f} to {max(one[kind] for one in drawn):.2f}" for kind in data.GUESSED)
+        yield f"| {count} | {len(drawn)} random sets of others | " + " | ".join(ranges) + " |"
 
 
 if __name__ == "__main__":

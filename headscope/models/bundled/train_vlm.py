@@ -13,10 +13,16 @@ its attention would be what it was at random, and methods that read it (PAINT) w
 Heads that have nothing to do rest on the first token in a large model, and look about at random in one this small, so that where they look
 says nothing. Here looking elsewhere than at <bos> costs a little once the model has learned to see, and the embedding of <bos> begins with
 one large coordinate, as massive activations have it. That is a choice of the training, not a finding about it.
+
+A large model reads a picture in its middle layers, from the row that writes the answer. One this small reads where it can, so that the
+words of a question brought along what they had seen in the first layer, where no probe of the answer's row looks, and the last layers
+looked once more. A second run, `--begin`, goes on from the weights of the first with the vision tower held and a price (`--astray`) on
+looking at the picture from rows that do not write an answer, and in other layers than those of `MIDDLE`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +36,8 @@ from headscope.models.bundled.words import save_tokenizer
 
 TURNS = (*((kind, told) for kind in data.GUESSED for told in (False, True)), ("read", False))
 """(kind, whether it carries a guess) of a dialogue's turns, whose order is drawn anew in every step."""
+MIDDLE = (1, 2)
+"""Layers in which a row that writes an answer looks at the picture for nothing."""
 
 
 def build(hidden: int = 256, layers: int = 5, sight: int = 128) -> Any:
@@ -107,7 +115,8 @@ class Batch:
     """One step's dialogues, the first `shown` of which have a picture.
 
     ids, labels, places int64 [n, N]; pixels [shown, 3, 48, 48]; there float32 [shown, 10]: which digits are; gains float32
-    [layers, n, heads] of head outputs; price float32 [] of attention that is not on <bos>.
+    [layers, n, heads] of head outputs; prices float32 [2]: of attention that is not on <bos>, and of attention to the picture that is
+    astray (`forward`).
     """
 
     ids: torch.Tensor
@@ -116,14 +125,16 @@ class Batch:
     pixels: torch.Tensor
     there: torch.Tensor
     gains: torch.Tensor
-    price: torch.Tensor
+    prices: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, in order."""
-        return self.ids, self.labels, self.places, self.pixels, self.there, self.gains, self.price
+        return self.ids, self.labels, self.places, self.pixels, self.there, self.gains, self.prices
 
 
-def batch_of(turns: Sequence[tuple[str, float | None]], config: Any, source: torch.Generator, given: Any, price: float = 0.0) -> Batch:
+def batch_of(
+    turns: Sequence[tuple[str, float | None]], config: Any, source: torch.Generator, given: Any, prices: tuple[float, float] = (0.0, 0.0)
+) -> Batch:
     """Dialogues of these turns (kind, share of right guesses) about `given.batch` pictures, the last `given.alone` of them told without
     showing the picture.
 
@@ -154,14 +165,16 @@ def batch_of(turns: Sequence[tuple[str, float | None]], config: Any, source: tor
     text = config.text_config
     gains = 1 + given.jitter * (2 * random(text.num_hidden_layers, count, text.num_attention_heads) - 1)
     there = (scene.counts()[:shown] > 0).float()
-    return Batch(
-        ids, labels, places, data.pixel_values(scene.pixels[:shown]).contiguous(), there, gains, torch.full((), price, device=device)
-    )
+    pixels = data.pixel_values(scene.pixels[:shown]).contiguous()
+    return Batch(ids, labels, places, pixels, there, gains, torch.tensor(prices, device=device))
 
 
 def forward(model: Any, made: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits [n, N, V], the tower's CLS output [shown, width], attention that is not on <bos>, its mean over layers, heads and rows): the
-    model's own forward pass, its modules called one by one.
+    """(logits [n, N, V], the tower's CLS output [shown, width], attention [2]): the model's own forward pass, its modules called one by
+    one.
+
+    attention: the share that is not on <bos>, a mean over layers, heads and rows; and what goes to the picture astray: its mean over heads
+    and text rows that write no answer, and in layers that are not in MIDDLE over those that do as well, summed over both kinds of rows.
 
     Nothing here waits for the device or depends on the data, so that a step can be captured as a CUDA graph, and no gradient is added up in
     whatever order: tables of embeddings are read by a product. Heads are scaled by `gains`.
@@ -180,9 +193,14 @@ def forward(model: Any, made: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.
     rotary = text.rotary_emb(hidden, made.places)
     count = hidden.shape[1]
     future = torch.full((count, count), torch.finfo(torch.float32).min, device=hidden.device).triu(1)[None, None]
-    looked = []
+    looked, astray = [], []
+    asking = (made.labels[: len(image), 2 + data.TOKENS :] < 0).float()[:, None]  # the row before an answer writes it
+    rows = [
+        one / (one.sum(-1, keepdim=True).clamp(min=1) * text.config.num_attention_heads * max(1, len(image)))
+        for one in (asking, 1 - asking)
+    ]
     text.config._attn_implementation = "eager"
-    for layer, gain in zip(text.layers, made.gains, strict=True):
+    for number, (layer, gain) in enumerate(zip(text.layers, made.gains, strict=True)):
 
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], gain: torch.Tensor = gain) -> tuple[torch.Tensor, ...]:
             z = inputs[0].unflatten(-1, (gain.shape[-1], -1)) * gain[:, None, :, None].to(inputs[0].dtype)
@@ -194,10 +212,13 @@ def forward(model: Any, made: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.
         )
         handle.remove()
         looked.append(1 - weights[:, :, 1:, 0].float().mean())
+        counted = rows[0] if number in MIDDLE else rows[0] + rows[1]
+        astray.append((weights[: len(image), :, 1 + data.TOKENS : -1, 1 : 1 + data.TOKENS].float().sum(-1) * counted).sum())
         hidden = hidden + read
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     text.config._attn_implementation = "sdpa"
-    return model.lm_head(text.norm(hidden)), tower.post_layernorm(seen[:, 0]), torch.stack(looked).mean()
+    attended = torch.stack([torch.stack(looked).mean(), torch.stack(astray).mean()])
+    return model.lm_head(text.norm(hidden)), tower.post_layernorm(seen[:, 0]), attended
 
 
 class Learner:
@@ -211,6 +232,7 @@ class Learner:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.held: Batch | None = None
         self.logits = torch.empty(0)
+        self.attended = torch.zeros(2)
 
     def gradients(self, made: Batch) -> torch.Tensor:
         """Gradients of the weights; the logits [n, N, V], overwritten by the next call."""
@@ -230,13 +252,13 @@ class Learner:
         for item in self.weights:
             item.grad = None
         with autocast(self.device):
-            logits, first, looked = forward(self.model, made)
+            logits, first, attended = forward(self.model, made)
             digits = self.summary(first).float()
         wanted = made.labels[:, 1:].flatten()
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted, ignore_index=-100)
         loss = loss + self.weight * torch.nn.functional.binary_cross_entropy_with_logits(digits, made.there)
-        (loss + made.price * looked).backward()
-        self.logits = logits.detach()
+        (loss + (made.prices * attended).sum()).backward()
+        self.logits, self.attended = logits.detach(), attended.detach()
 
     def _capture(self, made: Batch) -> None:
         aside = torch.cuda.Stream()
@@ -269,28 +291,48 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
     parser.add_argument("--rate", type=float, default=8e-4, help="learning rate")
     parser.add_argument("--eager", action="store_true", help="launch every kernel by itself")
+    parser.add_argument("--begin", type=Path, help="a checkpoint to go on from, its vision tower and projector held as they are")
+    parser.add_argument("--astray", type=float, default=0.0, help="price of looking at the picture from other rows or layers than are to")
+    parser.add_argument("--warm", type=int, default=300, help="steps in which the rate rises")
     given = parser.parse_args()
     settle(given.seed)
-    model = build().to(given.device).train()
-    if given.start:
+    model = build().to(given.device).train() if given.begin is None else resumed(given.begin, given.device)
+    if given.start and given.begin is None:
         with torch.no_grad():
             model.get_input_embeddings().weight[data.ids_of()[data.BOS], 0] = given.start
     summary = torch.nn.Linear(model.config.vision_config.hidden_size, 10).to(given.device)
     source = generator(given.seed + 1, given.device)
     dice = torch.Generator().manual_seed(given.seed + 2)
-    trainer = Trainer(torch.nn.ModuleList([model, summary]), given.steps, given.rate, warm=300, cool=0.5, decay=given.decay)
-    learner = Learner(model, summary, given.device, weight=given.cls, eager=given.eager)
+    trained = torch.nn.ModuleList([model, summary] if given.begin is None else [model])
+    trainer = Trainer(trained, given.steps, given.rate, warm=given.warm, cool=0.5, decay=given.decay)
+    weight = given.cls if given.begin is None else 0.0
+    learner = Learner(model, summary, given.device, weight=weight, eager=given.eager)
     every = [(kind, given.right if told else None) for kind, told in TURNS]
     while trainer.progress < 1:
         step = trainer.done
         turns = [every[place] for place in torch.randperm(len(every), generator=dice).tolist()]
-        made = batch_of(turns, model.config, source, given, given.look * min(1.0, max(0.0, (trainer.progress - 0.2) / 0.3)))
+        learned = 1.0 if given.begin else min(1.0, max(0.0, (trainer.progress - 0.2) / 0.3))
+        made = batch_of(turns, model.config, source, given, (given.look * learned, given.astray * learned))
         logits = learner.gradients(made)
         trainer.move()
         if step % 100 == 0:
-            say(f"step {step}  {shares(logits, made, turns)}  {trainer.seconds:.1f} s")
-    save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device)
+            seen = "  ".join(f"{value:.4f}" for value in learner.attended.tolist())
+            say(f"step {step}  {shares(logits, made, turns)}  attended {seen}  {trainer.seconds:.1f} s")
+    before = {} if given.begin is None else {"before": json.loads((given.begin / "training.json").read_text(encoding="utf-8"))}
+    save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device, **before)
     save_processor(given.out)
+
+
+def resumed(where: Path, device: str) -> Any:
+    """A checkpoint in float32, whose text model alone is to be trained: what the tower sees, and what its CLS token says, stays."""
+    from headscope.models.bundled.card import load
+
+    model = load(where, device, torch.float32).train()
+    for config in (model.config.text_config, model.config.vision_config):
+        config.dtype = None  # of this run, and not of what is saved
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.requires_grad_(False)
+    return model
 
 
 def shares(logits: torch.Tensor, made: Batch, turns: Sequence[tuple[str, float | None]]) -> str:

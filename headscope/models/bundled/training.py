@@ -144,8 +144,14 @@ def save(model: Any, out: Path, *, seconds: float, steps: int, seed: int, device
 
 
 def _given(words: list[str]) -> str:
-    """The command line without --out DIR."""
-    kept = [word for place, word in enumerate(words) if word != "--out" and (place == 0 or words[place - 1] != "--out")]
+    """The command line without --out DIR, and with --begin FIRST for whatever directory that was."""
+    kept, folder = [], ""
+    for word in words:
+        if folder == "--begin":
+            kept.append("FIRST")
+        elif folder != "--out" and word != "--out":
+            kept.append(word)
+        folder = word if word in ("--out", "--begin") else ""
     return " ".join(kept)
 
 
