@@ -187,7 +187,9 @@
   AllHeads.prototype.draw = function () {
     if (!this.data || !this.host.clientWidth) return;
     var facts = this.facts, heads = facts.heads, layers = facts.layers.length, patches = facts.grid[0] * facts.grid[1], gap = 3, left = 30, top = 18;
-    var room = this.host.clientWidth - left, cell = Math.max(Math.min(Math.floor(room / heads) - gap, 120), 14), tall = Math.round((cell * facts.grid[0]) / facts.grid[1]);
+    // a few heads take the width there is, as long as all layers stay on the screen
+    var widest = Math.max(120, Math.min(240, Math.floor((0.8 * window.innerHeight) / layers)));
+    var room = this.host.clientWidth - left, cell = Math.max(Math.min(Math.floor(room / heads) - gap, widest), 14), tall = Math.round((cell * facts.grid[0]) / facts.grid[1]);
     var ratio = window.devicePixelRatio || 1, width = left + heads * (cell + gap), height = top + layers * (tall + gap);
     this.size = [cell, tall, gap, left, top];
     this.canvas.width = width * ratio;
