@@ -70,7 +70,7 @@ def answer_profile(scope: Scope, data: Any = None, *, answer_tokens: int = 8, se
     strings = token_pieces(tokenizer, whole.ids.tolist())
     content = _content(scope, stats, Tokens("".join(strings), tuple(whole.ids.tolist()), strings))
     content.pictures = Pictures(facts, _shown(scope, sample.picture, sample.inputs), weights)
-    return _profile(scope, scores, metrics, ("answer", ANSWER), [facts_of([sample], data)], content)
+    return _profile(scope, scores, metrics, ("answer", ANSWER), [facts_of([sample], data)], content, stats)
 
 
 def step_profile(
@@ -114,7 +114,7 @@ def step_profile(
     content = _content(scope, stats, Tokens("", tuple(range(total)), words))
     content.pictures = Pictures(facts, fitted(pictures), weights.astype(np.float32), np.stack(between, 2) if between else None)
     data = [{"name": note or "denoising steps", "kind": "steps", "sha256": "", "sequences": len(inputs), "tokens": total}]
-    return _profile(scope, scores, metrics, ("steps", STEP), data, content)
+    return _profile(scope, scores, metrics, ("steps", STEP), data, content, stats)
 
 
 def bundled_steps(scope: Scope, steps: int = 8, seed: int = 0) -> HeadProfile:
@@ -201,6 +201,7 @@ def _profile(
     probe: tuple[str, str],
     data: list[dict[str, Any]],
     content: RunContent,
+    stats: HeadStatistics,
 ) -> HeadProfile:
     from headscope import __version__
 
@@ -216,8 +217,8 @@ def _profile(
         probes=[{"name": probe[0], "parameters": {}, "source": probe[1]}],
         metrics=described,
         numbers={},
-        attention_kernels=[],
-        statistics_kernel="",
+        attention_kernels=sorted(set(stats.kernels)),
+        statistics_kernel=stats.backend,
         parameters={"map_block": content.maps.block if content.maps is not None else 0},
         seeds={},
         versions=version_facts(),

@@ -90,6 +90,13 @@ def test_a_steps_weights_are_the_softmax_of_its_q_and_k(root: Path) -> None:
     assert reach == pytest.approx((between * distance).sum(-1).mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["answer", "steps"])
+def test_the_card_says_which_kernels_ran_and_which_measured(root: Path, name: str) -> None:
+    card = hs.HeadProfile.load(root / name).card
+    assert card.attention_kernels == ["sdpa"]
+    assert card.statistics_kernel == "blocked"
+
+
 def test_pictures_survive_being_saved_again(root: Path, tmp_path: Path) -> None:
     hs.HeadProfile.load(root / "steps").save(tmp_path / "copy")
     first, second = open_run(root / "steps").pictures, open_run(tmp_path / "copy").pictures
