@@ -217,6 +217,14 @@ def test_a_second_run_goes_on_from_the_first_and_leaves_its_sight_alone(tmp_path
     assert str(first) not in told
 
 
+def test_a_second_run_without_a_first_is_refused_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_vlm", "--out", str(tmp_path / "out"), "--device", "cpu", "--begin", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        train_vlm.main()
+    assert "holds no training.json; give the folder that an earlier run wrote" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_gives_the_gradients_of_the_models_own_loss(untrained):
     """Weighted as the script weights them: one mean over all answer words, and the tower's loss with its weight."""
     model, summary = untrained, torch.nn.Linear(128, 10)

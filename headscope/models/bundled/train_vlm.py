@@ -166,7 +166,8 @@ def batch_of(
     gains = 1 + given.jitter * (2 * random(text.num_hidden_layers, count, text.num_attention_heads) - 1)
     there = (scene.counts()[:shown] > 0).float()
     pixels = data.pixel_values(scene.pixels[:shown]).contiguous()
-    return Batch(ids, labels, places, pixels, there, gains, torch.tensor(prices, device=device))
+    paid = torch.stack([torch.full((), price, device=device) for price in prices])  # torch.tensor would wait for the device
+    return Batch(ids, labels, places, pixels, there, gains, paid)
 
 
 def forward(model: Any, made: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -295,7 +296,10 @@ def main() -> None:
     parser.add_argument("--astray", type=float, default=0.0, help="price of looking at the picture from other rows or layers than are to")
     parser.add_argument("--warm", type=int, default=300, help="steps in which the rate rises")
     given = parser.parse_args()
+    if given.begin is not None and not (given.begin / "training.json").is_file():
+        parser.error(f"--begin {given.begin}: it holds no training.json; give the folder that an earlier run wrote with --out")
     settle(given.seed)
+    before = {} if given.begin is None else {"before": json.loads((given.begin / "training.json").read_text(encoding="utf-8"))}
     model = build().to(given.device).train() if given.begin is None else resumed(given.begin, given.device)
     if given.start and given.begin is None:
         with torch.no_grad():
@@ -318,7 +322,6 @@ def main() -> None:
         if step % 100 == 0:
             seen = "  ".join(f"{value:.4f}" for value in learner.attended.tolist())
             say(f"step {step}  {shares(logits, made, turns)}  attended {seen}  {trainer.seconds:.1f} s")
-    before = {} if given.begin is None else {"before": json.loads((given.begin / "training.json").read_text(encoding="utf-8"))}
     save(model.eval(), given.out, seconds=trainer.seconds, steps=trainer.done, seed=given.seed, device=given.device, **before)
     save_processor(given.out)
 
